@@ -1,0 +1,189 @@
+"""Composite x Ops -> the rule of each Op, and the table that shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .composites import Composite, base
+from .errors import InputError, NoRuleError, SelectorError, UnknownPrimitiveError
+from .program import Op
+from .rules import Rule
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gradient(Rule):
+    """What `on_unknown="gradient"` gives an unknown primitive: the plain derivative, not a relevance rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """One Op and its rule. `base`: the rule came from `composites.base()`, not from the user's rows."""
+
+    name: str
+    kind: str
+    in_shapes: tuple[tuple[int, ...], ...]
+    out_shape: tuple[int, ...]
+    rule: Rule
+    base: bool
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {f.name: getattr(self.rule, f.name) for f in dataclasses.fields(self.rule)}  # type: ignore[arg-type]
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "in_shapes": [list(s) for s in self.in_shapes],
+            "out_shape": list(self.out_shape),
+            "rule": type(self.rule).__name__,
+            "numbers": {k: _plain(v) for k, v in fields.items()},
+            "base": self.base,
+            "source": self.source,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which rule runs where: iterable of rows, printed as a table, serialised by `to_dict()`.
+
+    unused: rows of the composite that fit no Op. notes: what a person should know before trusting the heatmap.
+    """
+
+    rows: tuple[PlanRow, ...]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> PlanRow:
+        return self.rows[i]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers, ready for JSON."""
+        return {"rows": [r.to_dict() for r in self.rows], "unused": list(self.unused), "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        table = [("name", "kind", "input", "output", "rule", "source")]
+        for r in self.rows:
+            inputs = " ".join(_shape(s) for s in r.in_shapes)
+            table.append((r.name, r.kind, inputs, _shape(r.out_shape), _show(r.rule) + " *" * r.base, r.source))
+        widths = [max(len(row[i]) for row in table) for i in range(6)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        if any(r.base for r in self.rows):
+            lines.append("* from composites.base(): the composite's own rows left it open")
+        lines += [f"unused row: {u}" for u in self.unused] + [f"note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def assign(ops: Sequence[Op], composite: Composite, on_unknown: str = "error") -> tuple[tuple[Rule, ...], Plan]:
+    """The rule of each Op, in order, and the plan.
+
+    Raises:
+      SelectorError: a `named` pattern without a match, or a row that selects Ops its rule cannot be applied to.
+      NoRuleError: a dense or conv Op that no row fits.
+      UnknownPrimitiveError: relevance arrives at a primitive without a kind, unless on_unknown is "gradient".
+      InputError: `composite` is no Composite, or a rule's numbers do not fit the layer.
+    """
+    if not isinstance(composite, Composite):
+        hint = "write jaxlrp.composites.epsilon()" if not callable(composite) else "call it: composites.epsilon()"
+        raise InputError(f"expected a Composite, got {composite!r}; {hint}")
+    if on_unknown not in ("error", "gradient"):
+        raise InputError(f'on_unknown={on_unknown!r}: write "error" or "gradient"')
+    for selector, _ in composite.rows:
+        selector.check(ops)
+    fallback = base()
+    rules, rows, used = [], [], set()
+    for op in ops:
+        i = composite.find(op)
+        if i is not None:
+            rule, own = composite.rows[i][1], True
+            used.add(i)
+        elif op.kind == "unknown":
+            rule, own = _unknown(op, on_unknown), False
+        else:
+            j = fallback.find(op)
+            if j is None:
+                raise NoRuleError(_no_rule(op))
+            rule, own = fallback.rows[j][1], False
+        check = getattr(rule, "check", None)
+        if check is not None:
+            check(op)
+        rules.append(rule)
+        rows.append(PlanRow(op.name, op.kind, op.in_shapes, op.out_shape, rule, not own, op.source))
+    unused = tuple(_unused(ops, *row) for i, row in enumerate(composite.rows) if i not in used)
+    return tuple(rules), Plan(tuple(rows), unused, _notes(ops))
+
+
+def _unused(ops: Sequence[Op], selector: Any, rule: Rule) -> str:
+    selected = [op for op in ops if selector.matches(op)]
+    if selected and not any(rule.supports(op) for op in selected):
+        op = selected[0]
+        raise SelectorError(
+            f"({selector!r}, {_show(rule)}) selects only Ops that {type(rule).__name__} cannot be applied to, such as "
+            f"{op.name} ({op.kind}, {op.in_shapes} -> {op.out_shape}, {op.source}); it is for: "
+            f"{', '.join(sorted(rule.kinds))}"
+        )
+    return f"({selector!r}, {_show(rule)})"
+
+
+def _unknown(op: Op, on_unknown: str) -> Rule:
+    if on_unknown == "gradient":
+        return Gradient()
+    if op.primitive == "while":
+        raise UnknownPrimitiveError(
+            f"while at {op.source}: relevance cannot pass a while_loop whose length depends on data; write "
+            f"lax.fori_loop with constant bounds, or lax.scan"
+        )
+    raise UnknownPrimitiveError(
+        f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which has no kind. If it acts element by "
+        f'element, write jaxlrp.kinds.register({op.primitive}_p, "activation"); if it moves elements, "structural"; '
+        f'if it is linear, "reduce". To let the plain gradient through instead, pass on_unknown="gradient".'
+    )
+
+
+def _no_rule(op: Op) -> str:
+    return (
+        f"no rule for {op.name} ({op.kind}: {op.primitive}, {op.source}); add a row to the composite: "
+        f'(jaxlrp.select.kind("{op.kind}"), jaxlrp.rules.Epsilon(1e-6))'
+    )
+
+
+def _notes(ops: Sequence[Op]) -> tuple[str, ...]:
+    ends = [op for op in ops if op.kind == "softmax" and not op.kinds_after]
+    return tuple(
+        f"{op.name} ({op.source}) ends the function: relevance should start at the logits; explain jaxlrp.logits(fun)"
+        for op in ends
+    )
+
+
+def _show(rule: Rule) -> str:
+    fields = dataclasses.fields(rule)  # type: ignore[arg-type]
+    return f"{type(rule).__name__}({', '.join(f'{f.name}={_number(getattr(rule, f.name))}' for f in fields)})"
+
+
+def _number(value: Any) -> str:
+    plain = _plain(value)
+    return f"{plain:g}" if isinstance(plain, float) else str(plain)
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python has it; an array as nested lists if it is small, else its shape; a tracer as its type."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    import jax
+
+    if isinstance(value, jax.core.Tracer) or not hasattr(value, "tolist"):
+        return str(getattr(value, "aval", value))
+    return value.tolist() if value.size <= 16 else f"array{_shape(value.shape)}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"

@@ -1,0 +1,165 @@
+"""Composites: ordered tables of (selector, rule); the first row that fits an Op gives its rule.
+
+A composite is a pytree whose leaves are its rules' hyper-parameters: stack two with `jax.tree.map` and `jax.vmap` over
+them, differentiate with respect to one, or pass it to a jitted function, which then never recompiles for new numbers.
+Default numbers are zennit's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from . import select
+from .errors import InputError, SelectorError
+from .program import Op
+from .rules import (
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    GeneralizedGamma,
+    Pass,
+    Rule,
+    SoftmaxTaylor,
+    Uniform,
+    UniformEpsilon,
+    Winner,
+    WSquare,
+    ZBox,
+    ZPlus,
+)
+from .select import Selector, first, kind
+
+Row = tuple[Selector, Rule]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Composite:
+    """Rows of (selector, rule), tried from the top; what they leave open falls to `base()`.
+
+        Composite([(select.first("conv"), rules.Flat()), (select.kind("dense", "conv"), rules.Epsilon(1e-6))])
+
+    `a + b` puts a's rows before b's. Raises SelectorError for what is no selector, InputError for what is no rule.
+    """
+
+    def __init__(self, rows: Iterable[Row] = ()):
+        self.rows: tuple[Row, ...] = tuple(self._row(r) for r in rows)
+
+    @staticmethod
+    def _row(row: Any) -> Row:
+        try:
+            selector, rule = row
+        except (TypeError, ValueError):
+            raise InputError(f"a row of a composite is a pair (selector, rule), not {row!r}") from None
+        if isinstance(rule, type) and issubclass(rule, Rule):
+            raise InputError(f"{rule.__name__} is a class; write {rule.__name__}()")
+        if not isinstance(rule, Rule):
+            raise InputError(f"{rule!r} is no rule; write one of jaxlrp.rules, for example rules.Epsilon(1e-6)")
+        return select._selector(selector), rule
+
+    def __add__(self, other: Composite) -> Composite:
+        if not isinstance(other, Composite):
+            return NotImplemented
+        return Composite(self.rows + other.rows)
+
+    def __repr__(self) -> str:
+        return "Composite([\n" + "".join(f"    ({s!r}, {r!r}),\n" for s, r in self.rows) + "])"
+
+    def find(self, op: Op) -> int | None:
+        """The index of the first row that fits this Op and whose rule can be applied to it."""
+        for i, (selector, rule) in enumerate(self.rows):
+            if selector.matches(op) and rule.supports(op):
+                return i
+        return None
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[Selector, ...]]:
+        keys = (jax.tree_util.SequenceKey(i) for i in range(len(self.rows)))
+        children = tuple((k, rule) for k, (_, rule) in zip(keys, self.rows, strict=True))
+        return children, tuple(s for s, _ in self.rows)
+
+    def tree_flatten(self) -> tuple[tuple[Rule, ...], tuple[Selector, ...]]:
+        return tuple(r for _, r in self.rows), tuple(s for s, _ in self.rows)
+
+    @classmethod
+    def tree_unflatten(cls, selectors: tuple[Selector, ...], rules: Iterable[Any]) -> Composite:
+        new = object.__new__(cls)  # children may be placeholders: no checks
+        new.rows = tuple(zip(selectors, rules, strict=True))
+        return new
+
+
+def base() -> Composite:
+    """What serves every composite where its own rows leave an Op open.
+
+    Activations, reshapes and a BatchNorm without a linear neighbour pass; sums, scales and average pools are in
+    proportion; max-pools to the winner; softmax, products and matrix products as AttnLRP. Dense and conv have no
+    default: none given is an error.
+    """
+    return Composite([
+        (kind("activation", "structural", "batch_norm", "blocked"), Pass()),
+        (kind("scale", "add", "reduce", "avg_pool", "resize"), Epsilon(1e-9)),
+        (kind("max_pool"), Winner()),
+        (kind("softmax"), SoftmaxTaylor()),
+        (kind("product"), Uniform()),
+        (kind("matmul"), UniformEpsilon(1e-9)),
+    ])  # fmt: skip
+
+
+def epsilon(epsilon: Any = 1e-6) -> Composite:
+    """Epsilon for every dense and conv layer."""
+    return Composite([(kind("dense", "conv"), Epsilon(epsilon))])
+
+
+def epsilon_plus(epsilon: Any = 1e-6) -> Composite:
+    """Epsilon for dense, z+ for conv layers."""
+    return Composite([(kind("conv"), ZPlus()), (kind("dense"), Epsilon(epsilon))])
+
+
+def epsilon_plus_flat(epsilon: Any = 1e-6) -> Composite:
+    """`epsilon_plus` with Flat in the first layer (Kohlbrenner et al. 2020)."""
+    return Composite([(first("dense", "conv"), Flat())]) + epsilon_plus(epsilon)
+
+
+def epsilon_gamma_box(low: Any, high: Any, epsilon: Any = 1e-6, gamma: Any = 0.25) -> Composite:
+    """z^B in a first conv layer, generalised gamma for conv, Epsilon for dense layers.
+
+    low, high: the box of the explained input, in its own units, floats or arrays that broadcast to it.
+    """
+    return Composite([
+        (first("conv"), ZBox(low, high)),
+        (kind("conv"), GeneralizedGamma(gamma)),
+        (kind("dense"), Epsilon(epsilon)),
+    ])  # fmt: skip
+
+
+def epsilon_alpha2_beta1(epsilon: Any = 1e-6) -> Composite:
+    """alpha 2, beta 1 for conv, Epsilon for dense layers."""
+    return Composite([(kind("conv"), AlphaBeta(2.0, 1.0)), (kind("dense"), Epsilon(epsilon))])
+
+
+def epsilon_alpha2_beta1_flat(epsilon: Any = 1e-6) -> Composite:
+    """`epsilon_alpha2_beta1` with Flat in the first layer (Kohlbrenner et al. 2020)."""
+    return Composite([(first("dense", "conv"), Flat())]) + epsilon_alpha2_beta1(epsilon)
+
+
+def deep_taylor(domain: str = "unbounded", low: Any = None, high: Any = None) -> Composite:
+    """Deep Taylor decomposition (Montavon et al. 2017): z+ everywhere but in the first layer, whose rule is the input's.
+
+    domain: "unbounded" (w^2), "nonnegative" (z+) or "box" (z^B between low and high; implied where they are given).
+    Raises InputError for another domain, or for a box without bounds.
+    """
+    if low is not None or high is not None:
+        domain = "box"
+    if domain not in ("unbounded", "nonnegative", "box"):
+        raise InputError(f'deep_taylor(domain={domain!r}): write "unbounded", "nonnegative" or "box"')
+    if domain == "box" and (low is None or high is None):
+        raise InputError(f"deep_taylor: a box needs both bounds, got low={low!r}, high={high!r}")
+    entrance: Rule = {"unbounded": WSquare(), "nonnegative": ZPlus()}.get(domain) or ZBox(low, high)
+    return Composite([(first("dense", "conv"), entrance), (kind("dense", "conv"), ZPlus())])
+
+
+__all__ = [
+    "Composite", "SelectorError", "base", "deep_taylor", "epsilon", "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat", "epsilon_gamma_box", "epsilon_plus", "epsilon_plus_flat",
+]  # fmt: skip

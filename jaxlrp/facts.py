@@ -1,0 +1,123 @@
+"""What is known of every value before anything runs: does it carry relevance, can it be negative, whose parameter is it.
+
+One forward pass over the equations; in a scan the facts of the carry are a fixpoint over the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives as p
+
+from . import _compat
+from .kinds import kind_of
+from .program import Atom, Block, Constant, Equation, Fact, Value
+
+Facts = dict[Value, Fact]
+
+# the output is never negative, whatever the input
+_NONNEG = frozenset((p.exp_p, p.exp2_p, p.logistic_p, p.abs_p, p.square_p, p.sqrt_p, p.rsqrt_p, p.erfc_p, p.iota_p))
+# the output is not negative where every operand is not
+_KEEPS_SIGN = frozenset((
+    p.add_p, p.add_jaxvals_p, p.mul_p, p.div_p, p.min_p, p.integer_pow_p, p.cbrt_p, p.log1p_p, p.expm1_p, p.tanh_p,
+    p.erf_p, p.sinh_p, p.asinh_p, p.atan_p,
+    p.reshape_p, p.transpose_p, p.broadcast_in_dim_p, p.squeeze_p, p.slice_p, p.pad_p, p.concatenate_p, p.rev_p,
+    p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p,
+    p.stop_gradient_p, p.floor_p, p.ceil_p, p.round_p, p.sign_p,
+    p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.cumsum_p, p.cummax_p, p.reduce_window_max_p,
+    p.reduce_window_min_p, p.reduce_window_sum_p, p.dot_general_p, p.conv_general_dilated_p,
+))  # fmt: skip
+# operands beyond the first are indices or a predicate
+_INDEXED = frozenset((p.gather_p, p.dynamic_slice_p))
+_ROOTS = frozenset((p.sqrt_p, p.rsqrt_p))
+
+
+def fact_of(facts: Facts, atom: Atom) -> Fact:
+    if isinstance(atom, Constant):
+        value = np.asarray(atom.value)
+        number = np.issubdtype(value.dtype, np.number) or value.dtype == bool
+        return Fact(nonneg=bool(number and not np.iscomplexobj(value) and (value >= 0).all()))
+    return facts[atom]
+
+
+def join(facts: Iterable[Fact]) -> Fact:
+    """What holds for a value that may be any of several."""
+    some = list(facts)
+    return Fact(
+        data=any(f.data for f in some),
+        derived=any(f.derived for f in some),
+        nonneg=all(f.nonneg for f in some),
+        names=tuple(dict.fromkeys(n for f in some for n in f.names)),
+        root=any(f.root for f in some),
+    )
+
+
+def infer(block: Block, facts: Facts) -> list[Fact]:
+    """Adds the facts of every value in `block` (those of its inputs are there); returns those of its outputs."""
+    for value in block.constants:
+        facts[value] = Fact()
+    for e in block.equations:
+        inputs = [fact_of(facts, a) for a in e.inputs]
+        if e.primitive is p.scan_p:
+            outputs = _scan(e, inputs, facts)
+        elif e.primitive is p.cond_p:
+            outputs = _cond(e, inputs, facts)
+        else:
+            outputs = [_simple(e, inputs)] * len(e.outputs)
+        for value, fact in zip(e.outputs, outputs, strict=True):
+            inexact = jnp.issubdtype(value.aval.dtype, jnp.inexact)
+            facts[value] = fact._replace(data=fact.data and inexact)  # type: ignore[index]
+    return [fact_of(facts, a) for a in block.outputs]
+
+
+def _simple(e: Equation, inputs: list[Fact]) -> Fact:
+    both = join(inputs)
+    # a value that depends on the data is nobody's parameter
+    names = () if both.derived else both.names
+    data = both.data and kind_of(e.primitive) != "blocked"
+    return Fact(data, both.derived, _nonneg(e, inputs), names, both.root or e.primitive in _ROOTS)
+
+
+def _nonneg(e: Equation, inputs: list[Fact]) -> bool:
+    prim = e.primitive
+    if prim in _NONNEG or e.outputs and e.outputs[0].aval.dtype == bool:
+        return True
+    if prim is p.max_p:
+        return any(f.nonneg for f in inputs)
+    if prim is p.clamp_p:  # clamp(low, x, high)
+        return inputs[0].nonneg and inputs[2].nonneg
+    if prim is p.integer_pow_p and e.params["y"] % 2 == 0:
+        return True
+    if prim is p.mul_p and e.inputs[0] is e.inputs[1]:
+        return True
+    if prim is p.select_n_p:
+        return all(f.nonneg for f in inputs[1:])
+    if prim in _INDEXED:
+        return inputs[0].nonneg and prim is p.dynamic_slice_p
+    return prim in _KEEPS_SIGN and all(f.nonneg for f in inputs)
+
+
+def _scan(e: Equation, inputs: list[Fact], facts: Facts) -> list[Fact]:
+    consts, carries = _compat.scan_arity(e.params)
+    carry = inputs[consts : consts + carries]
+    (body,) = e.bodies
+    while True:
+        for value, fact in zip(body.inputs, [*inputs[:consts], *carry, *inputs[consts + carries :]], strict=True):
+            facts[value] = fact
+        outputs = infer(body, facts)
+        grown = [join(pair) for pair in zip(carry, outputs[:carries], strict=True)]
+        if grown == carry:
+            return outputs
+        carry = grown
+
+
+def _cond(e: Equation, inputs: list[Fact], facts: Facts) -> list[Fact]:
+    index, operands = inputs[0], inputs[1:]
+    branches = []
+    for body in e.bodies:
+        facts.update(zip(body.inputs, operands, strict=True))
+        branches.append(infer(body, facts))
+    joined = [join(fs) for fs in zip(*branches, strict=True)]
+    return [f._replace(derived=True, names=()) if index.derived else f for f in joined]

@@ -1,0 +1,181 @@
+"""Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
+
+Order of claims: activations and softmax (regions), linear runs, trees of adds, runs of scales, and what nothing claims
+stays an Op of one equation. An Op's inner values are read nowhere else, so replacing it by a `custom_vjp` whose forward
+pass is its own equations never changes the forward value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax.extend.core import primitives as p
+
+from .facts import Facts
+from .graph import Draft, Graph
+from .kinds import kind_of
+from .program import Block, Body, Equation, Group, Loop, Op, Step, Value, Wrapper, leaves
+from .regions import claim_activations, claim_softmax
+from .runs import claim_linear, parameter_step
+from .source import source_of
+
+
+def recognise(block: Block, facts: Facts) -> Body:
+    """Groups the block's equations, and those of the loops in it, into Ops."""
+    graph = Graph(block, facts)
+    claim_activations(graph)
+    claim_softmax(graph)
+    claim_linear(graph)
+    _claim_adds(graph)
+    _claim_scales(graph)
+    for e in graph.equations:
+        if graph.free(e) and not (e.bodies and graph.carries(e)):
+            _claim_single(graph, e)
+    _absorb(graph)
+    return Body(block.inputs, block.outputs, block.constants, tuple(_lower(graph, block.nodes, {})))
+
+
+def _claim_adds(graph: Graph) -> None:
+    """A tree of sums and differences whose inner values are read once is one n-ary add."""
+    for e in reversed(graph.equations):
+        if not _adds(graph, e):
+            continue
+        tree, todo = [e], [e]
+        while todo:
+            for v in graph.data(todo.pop()):
+                inner = graph.producer.get(v)
+                if inner is not None and _adds(graph, inner) and graph.reader(v) is not None and inner not in tree:
+                    tree.append(inner)
+                    todo.append(inner)
+        graph.claim(Draft("add", "add", tree, e.outputs[0], e))  # type: ignore[arg-type]
+
+
+def _adds(graph: Graph, e: Equation) -> bool:
+    return kind_of(e.primitive) == "add" and graph.free(e) and len(graph.data(e)) == 2
+
+
+def _claim_scales(graph: Graph) -> None:
+    """Sums and products of one data value with parameters, in a row: a BatchNorm if a factor came from a root."""
+    for e in graph.equations:
+        if not graph.free(e) or parameter_step(graph, e) is None:
+            continue
+        run = [e]
+        while (follower := graph.reader(run[-1].outputs[0])) is not None:  # type: ignore[arg-type]
+            if not graph.free(follower) or parameter_step(graph, follower) is None:
+                break
+            run.append(follower)
+        others = [parameter_step(graph, step) for step in run]
+        norm = len(run) > 1 and any(graph.fact(o).root for o in others if o is not None)
+        kind = "batch_norm" if norm else "scale"
+        graph.claim(Draft(kind, kind, run, run[-1].outputs[0], run[0]))  # type: ignore[arg-type]
+
+
+def _claim_single(graph: Graph, e: Equation) -> None:
+    if not graph.data(e):
+        return
+    kind, label, several = kind_of(e.primitive), str(e.primitive), len(graph.data(e)) > 1
+    equations = [e]
+    if not graph.carries(e):
+        kind = "blocked"
+    elif kind in ("dense", "conv"):
+        kind, label = "matmul", "matmul"  # two data operands, or a kernel that depends on the data
+    elif e.primitive in (p.max_p, p.min_p, p.clamp_p) and not several:
+        kind, label = "activation", "relu" if e.primitive is p.max_p else "clip"
+        # min(max(x, low), high), written by hand, is one clip
+        while (e := graph.reader(e.outputs[0])) is not None and e.primitive in (p.max_p, p.min_p):  # type: ignore[arg-type, assignment]
+            if not graph.free(e) or len(graph.data(e)) != 1:
+                break
+            equations, label = [*equations, e], "clip"
+    elif e.primitive in (p.max_p, p.min_p):
+        label = "maximum" if e.primitive is p.max_p else "minimum"
+    elif e.primitive in (p.mul_p, p.div_p) and not several:
+        inverse = e.primitive is p.div_p and e.inputs[0] not in graph.data(e)
+        kind, label = ("activation", "reciprocal") if inverse else ("scale", "scale")
+    elif kind == "add" and not several:
+        kind = "scale"
+    elif kind == "activation" and several:
+        kind = "unknown"
+    elif kind == "max_pool":
+        label = "max_pool" if e.primitive is p.reduce_window_max_p else label
+    last = equations[-1].outputs[0]
+    graph.claim(Draft(kind, label, equations, last, equations[0]))  # type: ignore[arg-type]
+
+
+def _absorb(graph: Graph) -> None:
+    """Literals that a wrapper turns into arrays for one Op alone become part of it, so that the wrapper closes."""
+    for e in reversed(graph.equations):
+        if graph.free(e) and e.scopes and _literal(graph, e) and not any(v in graph.results for v in e.outputs):
+            owners = {graph.claims.get(r) for v in e.outputs for r in graph.readers.get(v, [])}  # type: ignore[arg-type]
+            owner = owners.pop() if len(owners) == 1 else None
+            if owner is not None:
+                owner.equations.append(e)
+                graph.claim(owner)
+
+
+def _literal(graph: Graph, e: Equation) -> bool:
+    producers = [graph.producer.get(v) for v in e.values]
+    return not e.eqn.effects and all(q is not None and _literal(graph, q) for q in producers)
+
+
+def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equation]]) -> list[Step]:
+    """The steps of these nodes; an Op stands where its last equation stood, when all its inputs are there."""
+    steps: list[Step] = []
+    for node in nodes:
+        live = [e for e in leaves([node]) if e in graph.position]
+        if not live:
+            continue
+        owners = {graph.claims.get(e) for e in live}
+        loops = any(e.bodies and graph.carries(e) for e in live)
+        whole = not isinstance(node, Wrapper) or all(graph.known(v) for v in node.values)
+        if len(owners) == 1 and not loops and whole:
+            (owner,) = owners
+            if owner is None:
+                steps.append(node)
+                continue
+            done.setdefault(owner, []).append(node)
+            if owner.equations[-1] in live:
+                steps.append(_op(graph, owner, tuple(done.pop(owner))))
+        elif not isinstance(node, Wrapper):
+            steps.append(Loop(node, tuple(recognise(b, graph.facts) for b in node.bodies)))
+        else:
+            inside = set(live)
+            crossed = any(o is not None and not inside.issuperset(o.equations) for o in owners)
+            inner = _lower(graph, node.children, done)
+            closes = node.primitive in (p.jit_p, p.remat_p) and not crossed
+            steps.extend([_group(graph, node, inside, inner)] if closes else inner)
+    return steps
+
+
+def _group(graph: Graph, node: Wrapper, inside: set[Equation], steps: list[Step]) -> Group:
+    made = {v for e in inside for v in e.outputs if isinstance(v, Value)}
+    inputs = dict.fromkeys(v for e in inside for v in e.values if v not in made)
+    outputs = [v for v in made if v in graph.results or any(r not in inside for r in graph.readers.get(v, []))]
+    return Group(node, tuple(steps), tuple(inputs), tuple(outputs))
+
+
+def _source(graph: Graph, e: Equation) -> str:
+    """Where the user wrote it; a body that JAX traced before, for another call, says so only of its wrapper."""
+    around = (graph.wrappers[key] for key in reversed(e.scopes))
+    return next((s for s in (source_of(x.eqn) for x in (e, *around)) if s), "")
+
+
+def _op(graph: Graph, draft: Draft, steps: tuple[Equation, ...]) -> Op:
+    made = {v for e in steps for v in e.outputs if isinstance(v, Value) and v in graph.producer}
+    read = dict.fromkeys(v for e in steps for v in e.values if v not in made)
+    inputs = tuple(v for v in read if graph.fact(v).data)
+    params = tuple(v for v in read if not graph.fact(v).data)
+    kernel = [draft.linear.core.inputs[1 - draft.linear.slot]] if draft.linear else []
+    paths = dict.fromkeys(n for v in [*kernel, *params] for n in graph.fact(v).names)
+    return Op(
+        kind=draft.kind,
+        label=draft.label,
+        inputs=inputs,
+        params=params,
+        output=draft.output,
+        steps=steps,
+        source=_source(graph, draft.main),
+        paths=tuple(paths),
+        linear=draft.linear,
+        nonneg=tuple(graph.fact(v).nonneg for v in inputs),
+        scope=str(draft.main.eqn.source_info.name_stack),
+    )

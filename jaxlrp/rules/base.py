@@ -1,0 +1,269 @@
+"""What a rule is, and what it sees of a layer.
+
+A rule takes the relevance R_out that arrived at a layer's output and returns R_in for each data input:
+
+    R_j = sum_k (message from k to j),     and, where it conserves,  sum_j R_j = sum_k R_k
+
+A rule is a frozen dataclass made with `@rule`: its numbers are pytree leaves (sweep them with `jax.vmap`, differentiate
+with `jax.grad`), its choices (annotated `str` or `bool`) are static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives as p
+
+from ..errors import InputError
+from ..program import Atom, Constant, Equation, Op, Value, Wrapper
+
+T = TypeVar("T", bound=type)
+
+LINEAR = frozenset((
+    "dense", "conv", "scale", "batch_norm", "add", "matmul", "avg_pool", "reduce", "resize",
+))  # fmt: skip
+KERNEL = frozenset(("dense", "conv"))
+
+
+@dataclass_transform(frozen_default=True)
+def rule(cls: T) -> T:
+    """Makes a class a frozen dataclass and a pytree: fields annotated `str` or `bool` are static, all others leaves."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    static = [f.name for f in fields if f.type in (str, bool, "str", "bool")]
+    leaves = [f.name for f in fields if f.name not in static]
+    return jax.tree_util.register_dataclass(cls, leaves, static)
+
+
+class Rule:
+    """Base of all rules, the user's too.
+
+    A subclass implements `propagate` and says for which kinds of Op it is meant:
+
+        @jaxlrp.rules.rule
+        class Damped(jaxlrp.rules.Rule):
+            factor: float = 0.5
+            kinds = jaxlrp.rules.LINEAR
+
+            def propagate(self, layer, relevance):
+                output, pull = jax.vjp(layer.apply, *layer.inputs)
+                return tuple(x * g for x, g in zip(layer.inputs, pull(self.factor * relevance / output)))
+
+    kinds: the kinds of Op it can be assigned to. uses: what of the layer it reads ("inputs", "output", "params"); what
+    is not named is not kept from the forward pass.
+    """
+
+    kinds: ClassVar[frozenset[str]] = LINEAR
+    uses: ClassVar[frozenset[str]] = frozenset(("inputs", "output", "params"))
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        """R_in, one array for each of `layer.inputs`, from R_out, all in the layer's compute dtype (>= float32)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define propagate(layer, relevance)")
+
+    def supports(self, op: Op) -> bool:
+        """Whether the rule can be applied to this Op."""
+        return op.kind in self.kinds
+
+
+def concrete(number: Any) -> np.ndarray | None:
+    """A rule's number as NumPy array where it can be checked: not a tracer, nor a placeholder of a pytree."""
+    if isinstance(number, jax.core.Tracer) or not isinstance(number, (int, float, np.ndarray, np.generic, jax.Array)):
+        return None
+    return np.asarray(number)
+
+
+def check_number(rule: Rule, name: str, *, minimum: float | None = None) -> None:
+    """Raises InputError if the rule's number is not finite, or below `minimum`."""
+    value = concrete(getattr(rule, name))
+    if value is None:
+        return
+    title = f"{type(rule).__name__}({name}={getattr(rule, name)!r})"
+    if not np.issubdtype(value.dtype, np.number) or np.isnan(value).any():
+        raise InputError(f"{title}: {name} must be a number")
+    if minimum is not None and (value < minimum).any():
+        raise InputError(f"{title}: {name} must be at least {minimum:g}")
+
+
+def stabilise(z: jax.Array, epsilon: Any) -> jax.Array:
+    """z + epsilon * sign(z), with sign(0) = +1 (Bach et al. 2015, eq. 58)."""
+    return z + jnp.asarray(epsilon, z.dtype) * jnp.where(z >= 0, 1, -1).astype(z.dtype)
+
+
+def divide(r: jax.Array, z: jax.Array) -> jax.Array:
+    """r / z, and 0 where z is 0: a unit without contributions sends no messages."""
+    return jnp.where(z == 0, 0, r / jnp.where(z == 0, 1, z))
+
+
+class Layer:
+    """An Op with its arrays, as a rule sees it in the backward pass.
+
+    inputs: the data values, in the compute dtype. output: what the forward pass gave. `apply(*inputs)` is the layer
+    itself; `kernel` and the methods below it exist for dense and conv Ops, whose every step but the core has been
+    folded away: output = forward(active, kernel) + bias.
+    """
+
+    def __init__(self, op: Op, inputs: Sequence[Any] | None, params: Sequence[Any] | None, output: Any):
+        self.op = op
+        self.dtype = jnp.promote_types(op.output.aval.dtype, jnp.float32)
+        self._exact = all(_dtype(v) in (None, self.dtype) for e in op.steps for v in (*e.inputs, *e.outputs))
+        self.inputs = tuple(self._cast(x) for x in inputs or ())
+        self.output = self._cast(output)
+        self._params: dict[Atom, Any] = dict(zip(op.params, params or (), strict=params is not None))
+
+    def apply(self, *inputs: jax.Array) -> jax.Array:
+        """The layer's own equations on other inputs."""
+        env = {**self._params, **dict(zip(self.op.inputs, inputs, strict=True))}
+        return self._run(self.op.steps, env)[self.op.output]
+
+    def _cast(self, x: Any) -> Any:
+        inexact = x is not None and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return jnp.asarray(x, self.dtype) if inexact else x
+
+    def _run(self, steps: Sequence[Equation], env: dict[Atom, Any]) -> dict[Atom, Any]:
+        for e in steps:
+            values = [a.value if isinstance(a, Constant) else env[a] for a in e.inputs]
+            env.update(zip(e.outputs, self._evaluate(e, values), strict=True))
+        return env
+
+    def _evaluate(self, e: Equation, values: list[Any]) -> list[Any]:
+        """One equation in the compute dtype, whatever the model's."""
+        if self._exact:
+            return e.evaluate(*values)
+        if isinstance(e, Wrapper):
+            env = dict(zip(e.inputs, values, strict=True))
+            inner = self._run(e.children, {**self._params, **env})
+            return [a.value if isinstance(a, Constant) else inner[a] for a in e.outputs]
+        values = [self._cast(v) for v in values]
+        if e.primitive in (p.convert_element_type_p, p.reduce_precision_p):
+            return values if jnp.issubdtype(e.outputs[0].aval.dtype, jnp.floating) else e.evaluate(*values)
+        params = dict(e.params)
+        if params.get("preferred_element_type") is not None:
+            params["preferred_element_type"] = np.dtype(self.dtype)
+        out = e.primitive.bind(*values, **params)
+        return list(out) if e.primitive.multiple_results else [out]
+
+    # dense and conv: output = after(core(before(x), kernel))
+
+    def _linear(self) -> Any:
+        if self.op.linear is None:
+            raise InputError(f"{self.op.name} ({self.op.kind}, {self.op.source}) has no kernel")
+        return self.op.linear
+
+    def _read(self, atom: Atom) -> Any:
+        return self._cast(atom.value if isinstance(atom, Constant) else self._params[atom])
+
+    @cached_property
+    def kernel(self) -> jax.Array:
+        """The effective kernel: scales that follow the core (a BatchNorm's) are folded into its output axes."""
+        linear = self._linear()
+        kernel = self._read(linear.core.inputs[1 - linear.slot])
+        for e, axes in linear.scales:
+            kernel = kernel * self._factor(e, axes, kernel.ndim)
+        return kernel
+
+    def _factor(self, e: Equation, axes: dict[int, int], ndim: int) -> Any:
+        if e.primitive is p.neg_p:
+            return -1
+        slot = next(i for i, a in enumerate(e.inputs) if a not in self._params and isinstance(a, Value))
+        if e.primitive is p.sub_p:
+            return -1 if slot == 1 else 1
+        factor = self._read(e.inputs[1 - slot])
+        if factor.ndim:
+            factor = factor[tuple(slice(None) if i in axes else 0 for i in range(factor.ndim))]
+            kept = sorted(axes)
+            order = sorted(range(len(kept)), key=lambda i: axes[kept[i]])
+            factor = factor.transpose(order)
+            factor = jnp.expand_dims(factor, [i for i in range(ndim) if i not in axes.values()])
+        return 1 / factor if e.primitive is p.div_p else factor
+
+    @cached_property
+    def bias(self) -> jax.Array:
+        """What the layer gives where the data contributes nothing, shaped like the output."""
+        linear = self._linear()
+        if linear.shifted:
+            entered = self._before(jnp.zeros_like(self.inputs[0]))
+            raw = self._read(linear.core.inputs[1 - linear.slot])
+            value = self._core(entered, raw)
+        else:
+            value = jnp.zeros(linear.core.outputs[0].aval.shape, self.dtype)
+        env: dict[Atom, Any] = {**self._params, linear.core.outputs[0]: value}
+        return self._run(linear.after, env)[self.op.output]
+
+    @cached_property
+    def active(self) -> jax.Array:
+        """The data at the core's entrance, preprocessing's factors included and its shifts left out."""
+        return self.enter(self.inputs[0])
+
+    @property
+    def nonneg(self) -> bool:
+        """Whether `active` is known to have no negative element."""
+        return self._linear().nonneg
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """`x`, shaped like the input, through the linear part of the preprocessing."""
+        if not self._linear().before:
+            return x
+        return jax.jvp(self._before, (x,), (x,))[1]
+
+    @cached_property
+    def ones(self) -> jax.Array:
+        """1 at the core's entrance wherever the input arrives, 0 in padding."""
+        return self._move(jnp.ones_like(self.inputs[0]))
+
+    def leave(self, r: jax.Array) -> jax.Array:
+        """Relevance at the core's entrance, back in the shape of the input."""
+        if not self._linear().before:
+            return r
+        (out,) = jax.linear_transpose(self._move, self.inputs[0])(r)
+        return out
+
+    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """core(x, kernel) in the shape of the output, without bias."""
+        linear = self._linear()
+        env: dict[Atom, Any] = {linear.core.outputs[0]: self._core(x, kernel)}
+        return self._follow(linear.after, env, self.op.output)
+
+    def backward(self, s: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The transpose of `forward` in its first argument."""
+        (out,) = jax.linear_transpose(lambda x: self.forward(x, kernel), self.active)(s)
+        return out
+
+    def _core(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        linear = self._linear()
+        (out,) = self._evaluate(linear.core, [x, kernel] if linear.slot == 0 else [kernel, x])
+        return out
+
+    def _before(self, x: jax.Array) -> jax.Array:
+        linear = self._linear()
+        return self._run(linear.before, {**self._params, self.op.inputs[0]: x})[linear.core.inputs[linear.slot]]
+
+    def _move(self, x: jax.Array) -> jax.Array:
+        linear = self._linear()
+        return self._follow(linear.before, {self.op.inputs[0]: x}, linear.core.inputs[linear.slot])
+
+    def _follow(self, steps: Sequence[Equation], env: dict[Atom, Any], end: Atom) -> jax.Array:
+        """Through the reshapes among the steps, with padding of zeros, past the sums and products."""
+        for e in steps:
+            value = next(env[a] for a in e.inputs if a in env)
+            if e.primitive is p.pad_p:
+                env[e.outputs[0]] = jax.lax.pad(value, jnp.zeros((), value.dtype), e.params["padding_config"])
+            elif e.primitive in _MOVED:
+                (env[e.outputs[0]],) = self._evaluate(e, [value])
+            else:
+                env[e.outputs[0]] = value
+        return env[end]
+
+
+_MOVED = frozenset((p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p))
+
+
+def _dtype(atom: Atom) -> Any:
+    """The floating dtype of a value, None for any other."""
+    dtype = atom.aval.dtype
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else None

@@ -1,0 +1,174 @@
+"""function + arguments -> Block: the program, its parameters' names, and what is explained.
+
+`jax.make_jaxpr` is the only way in. Every `jit`, `remat`, `custom_jvp` and `custom_vjp` is opened into one flat list of
+equations (the wrapper stays at hand, `program.Wrapper`); loops keep their bodies as blocks of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jax.extend.core import primitives as p
+
+from . import _compat
+from .errors import InputError
+from .kinds import LOOPS, WRAPPERS
+from .program import Atom, Block, Constant, Equation, Fact, Value, Wrapper
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A traced call: the block, what each of its inputs is, and how to put arguments and results together.
+
+    explained: positions, among the block's inputs, of the explained argument's leaves. facts: those of the inputs.
+    """
+
+    block: Block
+    facts: dict[Value, Fact]
+    explained: tuple[int, ...]
+    explained_tree: Any
+    out_tree: Any
+    arrays: tuple[Any, ...]
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def check_argnums(fun: Callable, argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    for i in wanted:
+        if isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count:
+            name = getattr(fun, "__name__", repr(fun))
+            raise InputError(
+                f"argnums={argnums!r} does not exist: {name} was called with {count} positional argument(s); "
+                f"write an integer from 0 to {count - 1} (the explained argument must be passed by position)"
+            )
+    return tuple(i % count for i in wanted)
+
+
+def _names(fun: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """A key path for every leaf of (args, kwargs): relative to its argument, prefixed by its name only on collision."""
+    try:
+        parameters = list(inspect.signature(fun).parameters.values())
+        signature = [q.name for q in parameters if q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD)]
+    except (TypeError, ValueError):  # builtins and some callables have no signature
+        signature = []
+    titles = [signature[i] if i < len(signature) else f"arg{i}" for i in range(len(args))]
+    pairs = []
+    for title, arg in [*zip(titles, args, strict=True), *((k, kwargs[k]) for k in sorted(kwargs))]:
+        for path, _ in jax.tree_util.tree_flatten_with_path(arg)[0]:
+            key = jax.tree_util.keystr(path, simple=True, separator="/")
+            # nnx keeps a parameter's array one level below its name
+            pairs.append((title, key.removesuffix("/value").removesuffix("/raw_value")))
+    seen = Counter(key for _, key in pairs)
+    return [title if not key else key if seen[key] == 1 else f"{title}/{key}" for title, key in pairs]
+
+
+def trace(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None) -> Traced:
+    """Traces `fun(*args, **kwargs)`, with relevance to arrive at the arguments `argnums` (None: at all that can).
+
+    Arguments that are not arrays stay Python values, as under `jax.grad`; leaves may be `jax.ShapeDtypeStruct`.
+
+    Raises:
+      InputError: an argnum that does not exist, an explained argument that is not floating point or is empty.
+    """
+    wanted = () if argnums is None else check_argnums(fun, argnums, len(args))
+    names = _names(fun, args, kwargs)
+    owners = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    owners += [-1] * (len(leaves) - len(owners))
+
+    dynamic, explained = [], []
+    for i, (leaf, owner) in enumerate(zip(leaves, owners, strict=True)):
+        if owner in wanted:
+            explained.append(len(dynamic))
+            dynamic.append(i)
+            leaves[i] = _explainable(leaf, names[i], owner)
+        elif _is_array(leaf):
+            dynamic.append(i)
+            if argnums is None and jnp.issubdtype(leaf.dtype, jnp.floating):
+                explained.append(len(dynamic) - 1)
+    if not explained:
+        raise InputError(f"argnums={argnums!r} holds no array to explain")
+
+    def flat(*arrays: Any) -> Any:
+        filled = list(leaves)
+        for i, a in zip(dynamic, arrays, strict=True):
+            filled[i] = a
+        a, k = jax.tree.unflatten(tree, filled)
+        return fun(*a, **k)
+
+    arrays = tuple(leaves[i] for i in dynamic)
+    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*arrays)
+    block = _open_block(jaxpr)
+    facts = {}
+    for j, (value, i) in enumerate(zip(block.inputs, dynamic, strict=True)):
+        mark = j in explained
+        facts[value] = Fact(data=mark, derived=mark, names=() if mark else (names[i],))
+    explained_tree = jax.tree.structure(args[wanted[0]] if isinstance(argnums, int) else tuple(args[i] for i in wanted))
+    order = explained if argnums is None else sorted(explained, key=lambda j: wanted.index(owners[dynamic[j]]))
+    return Traced(block, facts, tuple(order), explained_tree, jax.tree.structure(out), arrays)
+
+
+def _explainable(leaf: Any, name: str, argnum: int) -> Any:
+    array = leaf if _is_array(leaf) else jnp.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(
+            f"the explained argument {argnum} ({name}) has dtype {array.dtype}: relevance needs a floating-point "
+            f"input; convert it with .astype(jnp.float32), or explain the output of the embedding it selects"
+        )
+    return array
+
+
+def _open_block(jaxpr: Any) -> Block:
+    jaxpr = _compat.closed(jaxpr)
+    inputs = tuple(Value(v.aval) for v in jaxpr.jaxpr.invars)
+    constants: dict[Value, Any] = {}
+    nodes, outputs = _open(jaxpr, inputs, constants, ())
+    return Block(inputs, tuple(outputs), constants, nodes)
+
+
+def _open(
+    jaxpr: Any, inputs: Sequence[Atom], constants: dict[Value, Any], scopes: tuple[object, ...]
+) -> tuple[list[Equation], list[Atom]]:
+    body = jaxpr.jaxpr
+    env: dict[Any, Atom] = dict(zip(body.invars, inputs, strict=True))
+    for var, const in zip(body.constvars, jaxpr.consts, strict=True):
+        env[var] = value = Value(var.aval)
+        constants[value] = const
+
+    def read(v: Any) -> Atom:
+        return Constant(v.val, v.aval) if isinstance(v, jex.Literal) else env[v]
+
+    nodes: list[Equation] = []
+    for eqn in body.eqns:
+        operands = tuple(read(v) for v in eqn.invars)
+        if eqn.primitive in WRAPPERS:
+            inner = _compat.closed(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
+            key = object()
+            children, results = _open(inner, operands, constants, (*scopes, key))
+            # a wrapper's results are the very values of its body, so that data flow sees through it
+            env.update(zip(eqn.outvars, results, strict=True))
+            nodes.append(Wrapper(eqn, body, operands, tuple(results), scopes, (), key, tuple(children)))
+        else:
+            results = [Value(v.aval) for v in eqn.outvars]
+            env.update(zip(eqn.outvars, results, strict=True))
+            nodes.append(Equation(eqn, body, operands, tuple(results), scopes, _bodies(eqn)))
+    return nodes, [read(v) for v in body.outvars]
+
+
+def _bodies(eqn: Any) -> tuple[Block, ...]:
+    if eqn.primitive not in LOOPS:
+        return ()
+    if eqn.primitive is p.scan_p:
+        return (_open_block(eqn.params["jaxpr"]),)
+    return tuple(_open_block(b) for b in eqn.params["branches"])
