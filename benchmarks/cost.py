@@ -1,6 +1,6 @@
 """The cost of relevance in units of the gradient: time and memory of each composite relative to `jax.value_and_grad`.
 
-    python benchmarks/cost.py --models vgg16 resnet50 cnn --json cost.json
+    python benchmarks/cost.py --models vgg16 resnet50 cnn --json cost.json       # jaxlrp installed, or PYTHONPATH=.
 
 The baseline is the value and the gradient of one logit with respect to the input. Everything is jitted, with the
 composite, the parameters and the input as arguments. A round runs each function once, in an order that rotates from

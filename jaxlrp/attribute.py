@@ -24,7 +24,9 @@ from .trace import Traced, trace
 Target = Any  # None | int | integer array | callable
 
 
-def _analyse(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None) -> tuple[Traced, Body]:
+def _analyse(
+    fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None
+) -> tuple[Traced, Body]:
     if not callable(fun):
         raise InputError(f"the first argument must be a function, got {fun!r}")
     traced = trace(fun, args, kwargs, argnums)
@@ -37,10 +39,14 @@ def _analyse(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | 
 def _plain(ops: Sequence[Op], rules: Sequence[Any]) -> frozenset[int]:
     """Ops that need no custom derivative: what moves values, what blocks, and what the gradient was asked for."""
     kinds = ("structural", "blocked")
-    return frozenset(i for i, (op, r) in enumerate(zip(ops, rules, strict=True)) if op.kind in kinds or type(r) is Gradient)
+    return frozenset(
+        i for i, (op, r) in enumerate(zip(ops, rules, strict=True)) if op.kind in kinds or type(r) is Gradient
+    )
 
 
-def rewrite(fun: Callable, composite: Composite, argnums: int | Sequence[int] = 0, *, on_unknown: str = "error") -> Callable:
+def rewrite(
+    fun: Callable, composite: Composite, argnums: int | Sequence[int] = 0, *, on_unknown: str = "error"
+) -> Callable:
     """A function like `fun`, with the same outputs, whose VJP propagates relevance instead of gradients.
 
     Args:
@@ -129,7 +135,9 @@ def lrp(
     return explained
 
 
-def plan(fun: Callable, composite: Composite, argnums: int | Sequence[int] = 0, *, on_unknown: str = "error") -> Callable:
+def plan(
+    fun: Callable, composite: Composite, argnums: int | Sequence[int] = 0, *, on_unknown: str = "error"
+) -> Callable:
     """A function of `fun`'s arguments (arrays, or `jax.ShapeDtypeStruct`s) that returns the `Plan`; nothing is run."""
 
     @functools.wraps(fun, updated=())
@@ -180,8 +188,8 @@ def _single(value: Any, target: Target) -> jax.Array:
     if len(leaves) != 1 or leaves[0].ndim not in (1, 2):
         shapes = [y.shape for y in leaves]
         raise TargetError(
-            f"target={target!r} needs one output of shape (classes,) or (examples, classes), got {shapes}; for any other "
-            f"output pass a callable: target=lambda y: start relevance like y"
+            f"target={target!r} needs one output of shape (classes,) or (examples, classes), got {shapes}; for "
+            f"any other output pass a callable: target=lambda y: start relevance like y"
         )
     return value
 
@@ -208,11 +216,9 @@ def _chosen(y: jax.Array, target: Target) -> jax.Array:
 
 def _called(value: Any, target: Callable) -> Any:
     begun = target(value)
-    if jax.tree.structure(begun) != jax.tree.structure(value):
-        raise TargetError(
-            f"the target's start relevance has the structure {jax.tree.structure(begun)}, the output "
-            f"{jax.tree.structure(value)}"
-        )
+    trees = [jax.tree.structure(tree) for tree in (begun, value)]
+    if trees[:1] != trees[1:]:
+        raise TargetError(f"the target's start relevance has the structure {trees[0]}, the output {trees[1]}")
 
     def fit(r: Any, y: jax.Array) -> Any:
         if not jnp.issubdtype(y.dtype, jnp.inexact):

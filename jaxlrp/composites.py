@@ -144,7 +144,7 @@ def epsilon_alpha2_beta1_flat(epsilon: Any = 1e-6) -> Composite:
 
 
 def deep_taylor(domain: str = "unbounded", low: Any = None, high: Any = None) -> Composite:
-    """Deep Taylor decomposition (Montavon et al. 2017): z+ everywhere but in the first layer, whose rule is the input's.
+    """Deep Taylor decomposition (Montavon et al. 2017): z+, and in the first layer the rule of its input's domain.
 
     domain: "unbounded" (w^2), "nonnegative" (z+) or "box" (z^B between low and high; implied where they are given).
     Raises InputError for another domain, or for a box without bounds.

@@ -1,4 +1,4 @@
-"""Every error type of the package: each message names the value or layer, where it stands, and what to write instead."""
+"""The error types: each message names the value or layer, where it stands, and what to write instead."""
 
 
 class NoRuleError(LookupError):

@@ -1,4 +1,4 @@
-"""What is known of every value before anything runs: does it carry relevance, can it be negative, whose parameter is it.
+"""What is known of every value before anything runs: does it carry relevance, can it be negative, whose is it.
 
 One forward pass over the equations; in a scan the facts of the carry are a fixpoint over the body.
 """
@@ -68,7 +68,7 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
             outputs = [_simple(e, inputs)] * len(e.outputs)
         for value, fact in zip(e.outputs, outputs, strict=True):
             inexact = jnp.issubdtype(value.aval.dtype, jnp.inexact)
-            facts[value] = fact._replace(data=fact.data and inexact)  # type: ignore[index]
+            facts[value] = fact._replace(data=fact.data and inexact)
     return [fact_of(facts, a) for a in block.outputs]
 
 

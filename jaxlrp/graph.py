@@ -35,7 +35,7 @@ class Graph:
             for v in dict.fromkeys(e.values):
                 self.readers.setdefault(v, []).append(e)
             for v in e.outputs:
-                self.producer[v] = e  # type: ignore[index]
+                self.producer[v] = e
         self._roots = {*block.inputs, *block.constants}
         self.results = {v for v in block.outputs if isinstance(v, Value)}
         self.wrappers = dict(_wrappers(block.nodes))
@@ -92,7 +92,7 @@ class Graph:
         return all(
             self.free(e)
             and all(
-                v is exit or (v not in self.results and all(r in inside for r in self.readers.get(v, [])))  # type: ignore[arg-type]
+                v is exit or (v not in self.results and all(r in inside for r in self.readers.get(v, [])))
                 for v in e.outputs
             )
             for e in inside
@@ -122,7 +122,7 @@ class Graph:
                     parent = self.dominator(sources)
                     level = 0 if parent is None else self._parents[parent][1] + 1
                     for v in e.outputs:
-                        self._parents[v] = (parent, level)  # type: ignore[index]
+                        self._parents[v] = (parent, level)
         return self._parents
 
 

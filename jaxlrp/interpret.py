@@ -39,7 +39,7 @@ class Interpreter:
         return self._run_body(self.body, rules, inputs)
 
     def _run_body(self, body: Body, rules: Rules, inputs: Sequence[Any]) -> list[Any]:
-        env: Env = {**body.constants, **dict(zip(body.inputs, inputs, strict=True))}
+        env: Env = dict(zip((*body.constants, *body.inputs), (*body.constants.values(), *inputs), strict=True))
         self._run(body.steps, rules, env)
         return [_read(env, a) for a in body.outputs]
 
@@ -66,7 +66,7 @@ class Interpreter:
         if group not in self._jitted:
 
             def call(rules: Rules, inputs: list[Any]) -> list[Any]:
-                env: Env = {**self.body.constants, **dict(zip(group.inputs, inputs, strict=True))}
+                env: Env = dict(zip(group.inputs, inputs, strict=True))
                 self._run(group.steps, rules, env)
                 return [env[v] for v in group.outputs]
 
@@ -84,10 +84,7 @@ class Interpreter:
     def _loop(self, loop: Loop, rules: Rules, inputs: list[Any]) -> Sequence[Any]:
         e = loop.equation
         if e.primitive is p.cond_p:
-            branches = [
-                lambda *xs, body=body: tuple(self._run_body(body, rules, xs))  # type: ignore[misc]
-                for body in loop.bodies
-            ]
+            branches = [lambda *xs, body=body: tuple(self._run_body(body, rules, xs)) for body in loop.bodies]
             return lax.switch(inputs[0], branches, *inputs[1:])
         consts, carries = _compat.scan_arity(e.params)
         (body,) = loop.bodies

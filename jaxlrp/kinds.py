@@ -80,9 +80,9 @@ _TABLE: dict[Any, str] = {
     p.reduce_window_sum_p: "avg_pool",
     p.reduce_sum_p: "reduce",
     p.cumsum_p: "reduce",
-    **{prim: "activation" for prim in _ACTIVATIONS},
-    **{prim: "structural" for prim in STRUCTURAL},
-    **{prim: "blocked" for prim in _BLOCKED},
+    **dict.fromkeys(_ACTIVATIONS, "activation"),
+    **dict.fromkeys(STRUCTURAL, "structural"),
+    **dict.fromkeys(_BLOCKED, "blocked"),
 }
 
 # output element i reads element i (or the broadcast one) of each operand

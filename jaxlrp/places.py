@@ -86,13 +86,13 @@ class _Places:
                 outer = s.equation.inputs[1:] if s.equation.primitive is p.cond_p else s.equation.inputs
                 for b in s.bodies:
                     inner: dict[Value, After] = {}
-                    for a, v in zip(b.outputs, s.equation.outputs, strict=True):
-                        if isinstance(a, Value) and isinstance(v, Value):
-                            inner[a] = env.get(v, (0, frozenset()))
+                    for a, result in zip(b.outputs, s.equation.outputs, strict=True):
+                        if isinstance(a, Value):
+                            inner[a] = env.get(result, (0, frozenset()))
                     self.backward(b, inner)
-                    for v, w in zip(outer, b.inputs, strict=True):
-                        if isinstance(v, Value) and w in inner:
-                            note(v, inner[w])
+                    for read, v in zip(outer, b.inputs, strict=True):
+                        if isinstance(read, Value) and v in inner:
+                            note(read, inner[v])
 
     def apply(self, body: Body) -> Body:
         return dataclasses.replace(body, steps=tuple(self._placed(s) for s in body.steps))

@@ -60,7 +60,7 @@ class Equation:
     eqn: Any
     jaxpr: Any
     inputs: tuple[Atom, ...]
-    outputs: tuple[Atom, ...]
+    outputs: tuple[Value, ...]
     scopes: tuple[object, ...] = ()  # keys of the wrappers around it, outermost first
     bodies: tuple[Block, ...] = ()
 
@@ -95,7 +95,10 @@ class Equation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Wrapper(Equation):
-    """A `jit`, `remat`, `custom_jvp` or `custom_vjp` equation together with the nodes of its opened body."""
+    """A `jit`, `remat`, `custom_jvp` or `custom_vjp` equation together with the nodes of its opened body.
+
+    Its outputs are values of that body (or, rarely, a literal, which nothing reads as a value).
+    """
 
     key: object = None
     children: tuple[Equation, ...] = ()

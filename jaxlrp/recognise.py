@@ -47,7 +47,7 @@ def _claim_adds(graph: Graph) -> None:
                 if inner is not None and _adds(graph, inner) and graph.reader(v) is not None and inner not in tree:
                     tree.append(inner)
                     todo.append(inner)
-        graph.claim(Draft("add", "add", tree, e.outputs[0], e))  # type: ignore[arg-type]
+        graph.claim(Draft("add", "add", tree, e.outputs[0], e))
 
 
 def _adds(graph: Graph, e: Equation) -> bool:
@@ -60,14 +60,14 @@ def _claim_scales(graph: Graph) -> None:
         if not graph.free(e) or parameter_step(graph, e) is None:
             continue
         run = [e]
-        while (follower := graph.reader(run[-1].outputs[0])) is not None:  # type: ignore[arg-type]
+        while (follower := graph.reader(run[-1].outputs[0])) is not None:
             if not graph.free(follower) or parameter_step(graph, follower) is None:
                 break
             run.append(follower)
         others = [parameter_step(graph, step) for step in run]
         norm = len(run) > 1 and any(graph.fact(o).root for o in others if o is not None)
         kind = "batch_norm" if norm else "scale"
-        graph.claim(Draft(kind, kind, run, run[-1].outputs[0], run[0]))  # type: ignore[arg-type]
+        graph.claim(Draft(kind, kind, run, run[-1].outputs[0], run[0]))
 
 
 def _claim_single(graph: Graph, e: Equation) -> None:
@@ -82,10 +82,14 @@ def _claim_single(graph: Graph, e: Equation) -> None:
     elif e.primitive in (p.max_p, p.min_p, p.clamp_p) and not several:
         kind, label = "activation", "relu" if e.primitive is p.max_p else "clip"
         # min(max(x, low), high), written by hand, is one clip
-        while (e := graph.reader(e.outputs[0])) is not None and e.primitive in (p.max_p, p.min_p):  # type: ignore[arg-type, assignment]
-            if not graph.free(e) or len(graph.data(e)) != 1:
+        while (follower := graph.reader(equations[-1].outputs[0])) is not None:
+            if (
+                follower.primitive not in (p.max_p, p.min_p)
+                or not graph.free(follower)
+                or len(graph.data(follower)) != 1
+            ):
                 break
-            equations, label = [*equations, e], "clip"
+            equations, label = [*equations, follower], "clip"
     elif e.primitive in (p.max_p, p.min_p):
         label = "maximum" if e.primitive is p.max_p else "minimum"
     elif e.primitive in (p.mul_p, p.div_p) and not several:
@@ -98,14 +102,14 @@ def _claim_single(graph: Graph, e: Equation) -> None:
     elif kind == "max_pool":
         label = "max_pool" if e.primitive is p.reduce_window_max_p else label
     last = equations[-1].outputs[0]
-    graph.claim(Draft(kind, label, equations, last, equations[0]))  # type: ignore[arg-type]
+    graph.claim(Draft(kind, label, equations, last, equations[0]))
 
 
 def _absorb(graph: Graph) -> None:
     """Literals that a wrapper turns into arrays for one Op alone become part of it, so that the wrapper closes."""
     for e in reversed(graph.equations):
         if graph.free(e) and e.scopes and _literal(graph, e) and not any(v in graph.results for v in e.outputs):
-            owners = {graph.claims.get(r) for v in e.outputs for r in graph.readers.get(v, [])}  # type: ignore[arg-type]
+            owners = {graph.claims.get(r) for v in e.outputs for r in graph.readers.get(v, [])}
             owner = owners.pop() if len(owners) == 1 else None
             if owner is not None:
                 owner.equations.append(e)

@@ -39,7 +39,7 @@ def claim_linear(graph: Graph) -> None:
 
 
 def parameter_step(graph: Graph, e: Equation) -> Atom | None:
-    """The parameter that `e` adds to or multiplies one data value by (`e` itself stands for neg); None if it does not."""
+    """The parameter that `e` adds to one data value, or multiplies it by; None if it does neither."""
     if e.primitive is p.neg_p and graph.carries(e):
         return Constant(-1.0, e.outputs[0].aval)
     if e.primitive not in _SHIFTS | _FACTORS or not graph.carries(e) or len(graph.data(e)) != 1:
@@ -62,7 +62,8 @@ def _forward(graph: Graph, core: Equation, kind: str) -> Draft:
             break
         if e.primitive in _MOVES:
             moved = _move(axes or {}, e)
-            if moved is None:
+            # a pool keeps its shape: the reshape after it belongs to the dense layer that it prepares
+            if moved is None or (axes is None and _long(e.inputs[0]) != _long(e.outputs[0])):
                 break
             axes = moved if axes is not None else None
         else:
@@ -103,6 +104,10 @@ def _backward(graph: Graph, draft: Draft, linear: Linear) -> None:
         )
         draft.equations.extend(before)
         graph.claim(draft)
+
+
+def _long(atom: Atom) -> list[int]:
+    return [n for n in atom.aval.shape if n != 1]
 
 
 def _zero_pad(e: Equation) -> bool:

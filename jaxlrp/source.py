@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 from typing import Any
 
@@ -32,5 +33,6 @@ def _is_users(file: str) -> bool:
 
 
 def _short(file: str) -> str:
-    here = os.getcwd() + os.sep
-    return file.removeprefix(here)
+    """The path below the folder that Python found it in: the working directory, or an entry of `sys.path`."""
+    folders = [os.path.join(os.path.abspath(f or "."), "") for f in (os.getcwd(), *sys.path)]
+    return min((file.removeprefix(f) for f in folders), key=len)

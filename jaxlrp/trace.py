@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,8 @@ def trace(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Seq
     leaves, tree = jax.tree.flatten((args, kwargs))
     owners += [-1] * (len(leaves) - len(owners))
 
-    dynamic, explained = [], []
+    dynamic: list[int] = []
+    explained: list[int] = []
     for i, (leaf, owner) in enumerate(zip(leaves, owners, strict=True)):
         if owner in wanted:
             explained.append(len(dynamic))
@@ -158,11 +159,12 @@ def _open(
             children, results = _open(inner, operands, constants, (*scopes, key))
             # a wrapper's results are the very values of its body, so that data flow sees through it
             env.update(zip(eqn.outvars, results, strict=True))
-            nodes.append(Wrapper(eqn, body, operands, tuple(results), scopes, (), key, tuple(children)))
+            outputs = cast("tuple[Value, ...]", tuple(results))
+            nodes.append(Wrapper(eqn, body, operands, outputs, scopes, (), key, tuple(children)))
         else:
-            results = [Value(v.aval) for v in eqn.outvars]
-            env.update(zip(eqn.outvars, results, strict=True))
-            nodes.append(Equation(eqn, body, operands, tuple(results), scopes, _bodies(eqn)))
+            made = tuple(Value(v.aval) for v in eqn.outvars)
+            env.update(zip(eqn.outvars, made, strict=True))
+            nodes.append(Equation(eqn, body, operands, made, scopes, _bodies(eqn)))
     return nodes, [read(v) for v in body.outvars]
 
 

@@ -6,6 +6,7 @@ A new rule is one row of RULES; a new way to write a linear layer is one functio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 
 import jax
 import numpy as np
@@ -84,37 +85,46 @@ def examples(operation: Operation) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------- the table
 
 
+@pytest.fixture
+def quick_compilation():
+    """XLA's optimiser would take half of the time of the table."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+CASES = [(sign, with_bias) for sign in ("any sign", "behind a relu") for with_bias in (True, False)]
+
+
 @every_rule
 @every_operation
-def test_rule(operation: Operation, row: Row):
-    """With and without bias, inputs that are and are not known to be non-negative, eager, compiled and batched."""
+def test_rule(operation: Operation, row: Row, quick_compilation):
+    """Inputs of any sign, and known to be non-negative, as a relu passes relevance; eager, compiled and batched."""
     xs, Rs = examples(operation)
-    fronts = {
-        "input of any sign": (lambda x: x, lambda x: x),
-        "input behind a relu": (jax.nn.relu, reference.positive),  # known statically; relevance passes it unchanged
+    kernel, bias = operation.parameters(with_bias=True)
+
+    def run(rule, x, R, kernel, bias):
+        def function(x, kernel, bias, front):
+            return operation.apply(front(x), kernel, bias)
+
+        fronts = {"any sign": lambda x: x, "behind a relu": jax.nn.relu}
+        return [
+            explain(partial(function, front=fronts[sign]), rule, x, R, kernel, bias if with_bias else None)
+            for sign, with_bias in CASES
+        ]
+
+    results = {
+        "eager": [run(row.rule, x, R, kernel, bias) for x, R in zip(xs, Rs, strict=True)],
+        # The rule is an argument, so its numbers are traced; elsewhere they are concrete.
+        "jit": [jax.jit(run)(row.rule, x, R, kernel, bias) for x, R in zip(xs, Rs, strict=True)],
+        "vmap": list(zip(*jax.vmap(run, (None, 0, 0, None, None))(row.rule, xs, Rs, kernel, bias), strict=True)),
     }
-    for with_bias in (True, False):
-        parameters = operation.parameters(with_bias)
-        for sign, (front, dense_front) in fronts.items():
-
-            def function(x, kernel, bias, front=front):
-                return operation.apply(front(x), kernel, bias)
-
-            run = partial(explain, function)
-
-            right = np.stack(
-                [expected(row.reference, operation, with_bias, dense_front(x), R) for x, R in zip(xs, Rs, strict=True)]
-            )
-            # Under jit the rule is an argument, so that its numbers are traced; elsewhere they are concrete.
-            jitted = jax.jit(run)
-            results = {
-                "eager": [run(row.rule, x, R, *parameters) for x, R in zip(xs, Rs, strict=True)],
-                "jit": [jitted(row.rule, x, R, *parameters) for x, R in zip(xs, Rs, strict=True)],
-                "vmap": jax.vmap(run, (None, 0, 0, None, None))(row.rule, xs, Rs, *parameters),
-            }
-            for transform, got in results.items():
-                where = f"{transform}, {sign}, {'with' if with_bias else 'without'} bias"
-                np.testing.assert_allclose(np.stack(got), right, rtol=0, atol=1e-8, err_msg=where)
+    dense_fronts = {"any sign": lambda x: x, "behind a relu": reference.positive}
+    for (i, (sign, with_bias)), transform in product(enumerate(CASES), results):
+        for got, x, R in zip(results[transform], xs, Rs, strict=True):
+            right = expected(row.reference, operation, with_bias, dense_fronts[sign](x), R)
+            where = f"{transform}, input {sign}, {'with' if with_bias else 'without'} bias"
+            np.testing.assert_allclose(got[i], right, rtol=0, atol=1e-8, err_msg=where)
 
 
 @every_operation

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,11 @@ KERNEL = frozenset(("dense", "conv"))
 @dataclass_transform(frozen_default=True)
 def rule(cls: T) -> T:
     """Makes a class a frozen dataclass and a pytree: fields annotated `str` or `bool` are static, all others leaves."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    made: Any = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(made)
     static = [f.name for f in fields if f.type in (str, bool, "str", "bool")]
     leaves = [f.name for f in fields if f.name not in static]
-    return jax.tree_util.register_dataclass(cls, leaves, static)
+    return cast(T, jax.tree_util.register_dataclass(made, leaves, static))
 
 
 class Rule:
@@ -118,7 +118,8 @@ class Layer:
 
     def apply(self, *inputs: jax.Array) -> jax.Array:
         """The layer's own equations on other inputs."""
-        env = {**self._params, **dict(zip(self.op.inputs, inputs, strict=True))}
+        env: dict[Atom, Any] = dict(self._params)
+        env.update(zip(self.op.inputs, inputs, strict=True))
         return self._run(self.op.steps, env)[self.op.output]
 
     def _cast(self, x: Any) -> Any:

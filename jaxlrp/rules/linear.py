@@ -1,4 +1,4 @@
-"""Rules for layers that are linear in their data: c_jk = a_j w_jk is what input j contributes to z_k = sum_j c_jk + b_k.
+"""Rules for layers linear in their data: c_jk = a_j w_jk is what input j contributes to z_k = sum_j c_jk + b_k.
 
 Signs are those of the contributions, not of the weights, so inputs of either sign are handled; where the input is known
 not to be negative the cheaper form is taken. c+ = max(c, 0), c- = min(c, 0), likewise b+ and b-. Only Epsilon adds a
@@ -260,7 +260,7 @@ class ZBox(Rule):
         x, w = layer.inputs[0], layer.kernel
         bounds = [layer.enter(jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)) for b in (self.low, self.high)]
         # a negative preprocessing factor turns the box over
-        low, high = (bounds[0], bounds[1]) if not layer.op.linear.before else _ordered(*bounds)
+        low, high = _ordered(*bounds)
         terms = [(layer.active, w), (-low, positive(w)), (-high, negative(w))]
         return (layer.leave(messages(layer, terms, divide(relevance, total(layer, terms)))),)
 
