@@ -1,6 +1,6 @@
 """jaxlrp: Layer-wise Relevance Propagation as a JAX function transformation."""
 
-from . import composites, errors, gradients, kinds, rules, select
+from . import composites, errors, evaluate, gradients, kinds, rules, select
 from .attribute import logits, lrp, plan, rewrite, value_and_lrp
 from .composites import Composite
 
@@ -10,6 +10,7 @@ __all__ = [
     "Composite",
     "composites",
     "errors",
+    "evaluate",
     "gradients",
     "kinds",
     "logits",

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from jax import lax
 from jax.extend import core as jex
+
+# primitives that only move elements, of which a release may have some (jax 0.10 has stack, 0.12 all)
+MOVES = tuple(getattr(lax, name) for name in ("stack_p", "unstack_p", "tile_p") if hasattr(lax, name))
 
 
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:

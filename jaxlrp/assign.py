@@ -9,12 +9,7 @@ from typing import Any
 from .composites import Composite, base
 from .errors import InputError, NoRuleError, SelectorError, UnknownPrimitiveError
 from .program import Op
-from .rules import Rule
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Gradient(Rule):
-    """What `on_unknown="gradient"` gives an unknown primitive: the plain derivative, not a relevance rule."""
+from .rules import Gradient, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +151,13 @@ def _no_rule(op: Op) -> str:
     )
 
 
+def is_end(op: Op) -> bool:
+    """Whether the Op is a softmax that nothing but reshapes and casts follows."""
+    return op.kind == "softmax" and op.kinds_after <= {"structural"}
+
+
 def _notes(ops: Sequence[Op]) -> tuple[str, ...]:
-    ends = [op for op in ops if op.kind == "softmax" and not op.kinds_after]
+    ends = [op for op in ops if is_end(op)]
     return tuple(
         f"{op.name} ({op.source}) ends the function: relevance should start at the logits; explain jaxlrp.logits(fun)"
         for op in ends

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .assign import Gradient, Plan, assign
+from .assign import Plan, assign, is_end
 from .composites import Composite
-from .errors import InputError, TargetError
+from .errors import InputError, SelectorError, TargetError
 from .facts import infer
-from .interpret import Interpreter
+from .interpret import Interpreter, Settings, lead
 from .places import place
-from .program import Body, Op
+from .program import Atom, Body, Constant, Op, leaves
 from .recognise import recognise
+from .rules import Gradient, Rule
+from .select import Selector
 from .trace import Traced, trace
 
 Target = Any  # None | int | integer array | callable
 
 
-def _analyse(
+def analyse(
     fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None
 ) -> tuple[Traced, Body]:
     if not callable(fun):
@@ -36,12 +38,17 @@ def _analyse(
     return traced, place(body, [traced.block.inputs[i] for i in traced.explained])
 
 
-def _plain(ops: Sequence[Op], rules: Sequence[Any]) -> frozenset[int]:
-    """Ops that need no custom derivative: what moves values, what blocks, and what the gradient was asked for."""
-    kinds = ("structural", "blocked")
-    return frozenset(
-        i for i, (op, r) in enumerate(zip(ops, rules, strict=True)) if op.kind in kinds or type(r) is Gradient
-    )
+def chosen_rules(ops: Sequence[Op], rules: Sequence[Rule], watched: Collection[int] = ()) -> dict[int, Rule]:
+    """The rules of the Ops that need a custom derivative, or are watched.
+
+    What moves values, what blocks, and what the gradient was asked for is left to JAX.
+    """
+    kept = ("structural", "blocked")
+    return {
+        i: r
+        for i, (op, r) in enumerate(zip(ops, rules, strict=True))
+        if i in watched or (op.kind not in kept and type(r) is not Gradient)
+    }
 
 
 def rewrite(
@@ -63,12 +70,10 @@ def rewrite(
 
     @functools.wraps(fun, updated=())
     def rewritten(*args: Any, **kwargs: Any) -> Any:
-        traced, body = _analyse(fun, args, kwargs, argnums)
+        traced, body = analyse(fun, args, kwargs, argnums)
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
-        plain = _plain(ops, rules)
-        run = Interpreter(body, plain)
-        outputs = run({i: r for i, r in enumerate(rules) if i not in plain}, *traced.arrays)
+        outputs = Interpreter(body)(Settings(chosen_rules(ops, rules)), *traced.arrays)
         return jax.tree.unflatten(traced.out_tree, outputs)
 
     return rewritten
@@ -79,15 +84,22 @@ def value_and_lrp(
     composite: Composite,
     argnums: int | Sequence[int] = 0,
     target: Target = None,
+    layers: Selector | None = None,
+    masks: dict[str, Any] | None = None,
     *,
     on_unknown: str = "error",
 ) -> Callable:
-    """A function of `fun`'s arguments that returns (fun's output, relevance of the explained argument(s)).
+    """A function of `fun`'s arguments: (fun's output, relevance of the explained argument(s)[, {layer: relevance}]).
 
     Args: as `rewrite`, and
       target: where relevance starts. None: every output with its own value. An int, or an integer array with one class
         per example: that logit's value (last axis; output (C,) or (N, C)). A callable: start relevance from the output,
         a pytree like it. A traced index out of range gives zero relevance.
+      layers: a selector; the relevance that arrives at the output of each Op it selects is returned too, by the Op's
+        name in the plan (in a scan with the iterations as leading axes), from the same pass.
+      masks: {Op's name: array that broadcasts to its output}; relevance arriving there is multiplied by it, so that only
+        the chosen channels or positions are followed (conditional relevance, Achtibat et al. 2023). Several conditions
+        at once: `jax.vmap` over the masks, which maps the backward pass alone.
 
     Returns relevance shaped like the explained argument, in its dtype; a tuple of them if `argnums` is a sequence.
 
@@ -97,22 +109,27 @@ def value_and_lrp(
 
     @functools.wraps(fun, updated=())
     def explained(*args: Any, **kwargs: Any) -> Any:
-        traced, body = _analyse(fun, args, kwargs, argnums)
-        _check_nan(traced, args, kwargs)
+        traced, body = analyse(fun, args, kwargs, argnums)
+        check_nan(traced)
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
-        plain = _plain(ops, rules)
-        run = Interpreter(body, plain)
-        own = {i: r for i, r in enumerate(rules) if i not in plain}
+        watched = [] if layers is None else _watched(ops, layers)
+        masked = _masked(ops, masks or {})
+        probes = _probes(body, ops, watched)
+        run = Interpreter(body, lambda layer, rule, relevance, received: relevance.astype(layer.op.output.aval.dtype))
+        settings = Settings(chosen_rules(ops, rules, {*watched, *masked}), probes, masked)
 
-        def forward(*xs: Any) -> Any:
+        def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
             arrays = list(traced.arrays)
             for i, x in zip(traced.explained, xs, strict=True):
                 arrays[i] = x
-            return jax.tree.unflatten(traced.out_tree, run(own, *arrays))
+            outputs = run(dataclasses.replace(settings, probes=probes), *arrays)
+            return jax.tree.unflatten(traced.out_tree, outputs)
 
-        value, pull = jax.vjp(forward, *(jnp.asarray(traced.arrays[i]) for i in traced.explained))
-        return value, jax.tree.unflatten(traced.explained_tree, pull(start(value, target)))
+        value, pull = jax.vjp(forward, [jnp.asarray(traced.arrays[i]) for i in traced.explained], probes)
+        received, seen = pull(start(value, target))
+        relevance = jax.tree.unflatten(traced.explained_tree, received)
+        return (value, relevance) if layers is None else (value, relevance, {ops[i].name: seen[i] for i in watched})
 
     return explained
 
@@ -123,10 +140,11 @@ def lrp(
     argnums: int | Sequence[int] = 0,
     target: Target = None,
     *,
+    masks: dict[str, Any] | None = None,
     on_unknown: str = "error",
 ) -> Callable:
     """A function of `fun`'s arguments that returns the relevance of the explained argument(s): see `value_and_lrp`."""
-    both = value_and_lrp(fun, composite, argnums, target, on_unknown=on_unknown)
+    both = value_and_lrp(fun, composite, argnums, target, masks=masks, on_unknown=on_unknown)
 
     @functools.wraps(fun, updated=())
     def explained(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +160,7 @@ def plan(
 
     @functools.wraps(fun, updated=())
     def planned(*args: Any, **kwargs: Any) -> Plan:
-        _, body = _analyse(fun, args, kwargs, argnums)
+        _, body = analyse(fun, args, kwargs, argnums)
         return assign(list(body.ops()), composite, on_unknown)[1]
 
     return planned
@@ -158,16 +176,52 @@ def logits(fun: Callable) -> Callable:
 
     @functools.wraps(fun, updated=())
     def before_softmax(*args: Any, **kwargs: Any) -> jax.Array:
-        traced, body = _analyse(fun, args, kwargs, None)
+        traced, body = analyse(fun, args, kwargs, None)
         if len(body.outputs) != 1:
             raise InputError(f"logits({fun!r}): the function must have one array as output, it has {len(body.outputs)}")
-        ops = list(body.ops())
-        ends = [op.inputs[0] for op in ops if op.kind == "softmax" and op.output is body.outputs[0]]
-        if ends:
-            body = dataclasses.replace(body, outputs=(ends[0],))
-        return Interpreter(body, frozenset(range(len(ops))))({}, *traced.arrays)[0]
+        ends = [op for op in body.ops() if is_end(op)]
+        if not ends:
+            return fun(*args, **kwargs)
+        (end,) = ends
+        block, skipped = traced.block, set(leaves(end.steps))
+        env: dict[Atom, Any] = dict(zip(block.inputs, traced.arrays, strict=True))
+        env.update(block.constants)
+        for e in block.equations:
+            if e not in skipped:
+                values = [a.value if isinstance(a, Constant) else env[a] for a in e.inputs]
+                env.update(zip(e.outputs, e.evaluate(*values), strict=True))
+            elif end.inputs[0] in env:  # the logits take the place of what the softmax makes of them
+                env[end.output] = env[end.inputs[0]]
+        return env[block.outputs[0]]
 
     return before_softmax
+
+
+def _watched(ops: Sequence[Op], layers: Selector) -> list[int]:
+    """The Ops whose relevance can be reported, among those selected."""
+    if not isinstance(layers, Selector):
+        raise SelectorError(f"layers={layers!r} is no selector; write jaxlrp.select.named(...) or kind(...)")
+    layers.check(ops)
+    return [i for i, op in enumerate(ops) if layers.matches(op) and op.kind not in ("blocked", "unknown")]
+
+
+def _masked(ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, Any]:
+    names = {op.name: i for i, op in enumerate(ops)}
+    found = {}
+    for name, mask in masks.items():
+        if name not in names:
+            raise SelectorError(f"masks: there is no layer {name!r}; the plan names: {', '.join(names)}")
+        shape = ops[names[name]].out_shape
+        fits = len(jnp.shape(mask)) <= len(shape) and jnp.broadcast_shapes(jnp.shape(mask), shape) == shape
+        if not fits:
+            raise InputError(f"masks[{name!r}] of shape {jnp.shape(mask)} does not broadcast to the output {shape}")
+        found[names[name]] = mask
+    return found
+
+
+def _probes(body: Body, ops: Sequence[Op], watched: Sequence[int]) -> dict[int, jax.Array]:
+    lengths = lead(body)
+    return {i: jnp.zeros((*lengths[ops[i]], *ops[i].out_shape), ops[i].output.aval.dtype) for i in watched}
 
 
 def start(value: Any, target: Target) -> Any:
@@ -230,7 +284,7 @@ def _called(value: Any, target: Callable) -> Any:
     return jax.tree.map(fit, begun, value)
 
 
-def _check_nan(traced: Traced, args: tuple, kwargs: dict[str, Any]) -> None:
+def check_nan(traced: Traced) -> None:
     """Raises InputError naming the first parameter with a NaN, among those that are concrete."""
     for i, (value, array) in enumerate(zip(traced.block.inputs, traced.arrays, strict=True)):
         if i not in traced.explained and _has_nan(array):

@@ -61,6 +61,11 @@ class Graph:
         """Whether anything computes `value`: what only dead code reads is not computed."""
         return value in self.producer or value in self._roots
 
+    def literal(self, e: Equation) -> bool:
+        """Whether nothing but literals goes into `e`: no input, no constant, no effect."""
+        producers = [self.producer.get(v) for v in e.values]
+        return not e.eqn.effects and all(q is not None and self.literal(q) for q in producers)
+
     def free(self, e: Equation) -> bool:
         return e not in self.claims
 

@@ -3,11 +3,15 @@
 The forward pass of an Op is its own equations, the backward pass its rule: the cotangent is the relevance. Loops and
 wrappers are applied again by JAX's public functions around their interpreted bodies, so JAX's own reverse mode carries
 relevance through them. Nothing here knows LRP.
+
+A probe is a dummy input of an Op whose cotangent is a report of what the rule saw; under scan there is one per
+iteration. A mask multiplies the relevance that arrives at an Op's output. Both cost nothing where none is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,83 +24,111 @@ from .program import Atom, Body, Constant, Equation, Group, Loop, Op, Step
 from .rules import Layer, Rule
 
 Env = dict[Atom, Any]
-Rules = dict[int, Rule]  # by the Op's position in `Body.ops()`
+# what a probe's cotangent is: report(layer, rule, relevance that arrived, relevance passed on to each input)
+Report = Callable[[Layer, Rule, jax.Array, Sequence[jax.Array]], Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What each Op gets, by its position in `Body.ops()`: its rule, and perhaps a probe and a mask."""
+
+    rules: dict[int, Rule]
+    probes: dict[int, Any] = dataclasses.field(default_factory=dict)
+    masks: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def of(self, chosen: Sequence[int]) -> Settings:
+        """The part for these Ops."""
+        parts = ({i: d[i] for i in chosen if i in d} for d in (self.rules, self.probes, self.masks))
+        return Settings(*parts)
 
 
 class Interpreter:
-    """Runs one body with any rules, as often as wanted.
+    """Runs one body with any settings, as often as wanted. An Op without a rule keeps JAX's own derivative."""
 
-    plain: positions of Ops to be evaluated as they stand, with JAX's own derivative.
-    """
-
-    def __init__(self, body: Body, plain: frozenset[int]):
+    def __init__(self, body: Body, report: Report | None = None):
         self.body = body
         self._index = {op: i for i, op in enumerate(body.ops())}
-        self._plain = plain
+        self._ends = {loop: -1 - k for k, loop in enumerate(loops(body.steps))}
+        self._report = report
         self._jitted: dict[Group, Any] = {}
 
-    def __call__(self, rules: Rules, *inputs: Any) -> list[Any]:
-        return self._run_body(self.body, rules, inputs)
+    def __call__(self, settings: Settings, *inputs: Any) -> list[Any]:
+        return self._run_body(self.body, settings, inputs)
 
-    def _run_body(self, body: Body, rules: Rules, inputs: Sequence[Any]) -> list[Any]:
+    def _run_body(self, body: Body, settings: Settings, inputs: Sequence[Any]) -> list[Any]:
         env: Env = dict(zip((*body.constants, *body.inputs), (*body.constants.values(), *inputs), strict=True))
-        self._run(body.steps, rules, env)
+        self._run(body.steps, settings, env)
         return [_read(env, a) for a in body.outputs]
 
-    def _run(self, steps: Sequence[Step], rules: Rules, env: Env) -> None:
+    def _run(self, steps: Sequence[Step], settings: Settings, env: Env) -> None:
         for s in steps:
             if isinstance(s, Op):
-                if self._index[s] in self._plain:
-                    self._run(s.steps, rules, env)
-                else:
-                    rule = rules[self._index[s]]
-                    env[s.output] = apply(s, rule, [env[v] for v in s.inputs], [env[v] for v in s.params])
+                self._op(s, settings, env)
             elif isinstance(s, Group):
-                env.update(zip(s.outputs, self._group(s, rules, [env[v] for v in s.inputs]), strict=True))
+                outputs = self._group(s, settings, [env[v] for v in s.inputs])
+                env.update(zip(s.outputs, outputs, strict=True))
             elif isinstance(s, Loop):
-                outputs = self._loop(s, rules, [_read(env, a) for a in s.equation.inputs])
+                outputs = self._loop(s, settings, [_read(env, a) for a in s.equation.inputs])
                 env.update(zip(s.equation.outputs, outputs, strict=True))
             else:
-                outputs = s.evaluate(*(_read(env, a) for a in s.inputs))
-                env.update(zip(s.outputs, outputs, strict=True))
+                env.update(zip(s.outputs, s.evaluate(*(_read(env, a) for a in s.inputs)), strict=True))
 
-    def _group(self, group: Group, rules: Rules, inputs: list[Any]) -> Sequence[Any]:
+    def _op(self, op: Op, settings: Settings, env: Env) -> None:
+        i = self._index[op]
+        if i not in settings.rules:
+            self._run(op.steps, settings, env)
+            return
+        inputs, params = [env[v] for v in op.inputs], [env[v] for v in op.params]
+        probe, mask = settings.probes.get(i), settings.masks.get(i)
+        env[op.output] = apply(op, settings.rules[i], inputs, params, probe, mask, self._report)
+
+    def _group(self, group: Group, settings: Settings, inputs: list[Any]) -> Sequence[Any]:
         """A `jit` or `remat` again around its steps; one function per group, so that JAX finds it compiled."""
-        own = {i: rules[i] for op, i in self._index.items() if i in rules and op in self._inside(group)}
         if group not in self._jitted:
 
-            def call(rules: Rules, inputs: list[Any]) -> list[Any]:
+            def call(settings: Settings, inputs: list[Any]) -> list[Any]:
                 env: Env = dict(zip(group.inputs, inputs, strict=True))
-                self._run(group.steps, rules, env)
+                self._run(group.steps, settings, env)
                 return [env[v] for v in group.outputs]
 
             params = group.wrapper.params
             if group.wrapper.primitive is p.remat_p:
-                self._jitted[group] = jax.checkpoint(call, prevent_cse=params["prevent_cse"], policy=params["policy"])
+                call = jax.checkpoint(call, prevent_cse=params["prevent_cse"], policy=params["policy"])
             else:
                 call.__name__ = str(params["name"])
-                self._jitted[group] = jax.jit(call)
-        return self._jitted[group](own, inputs)
+                call = jax.jit(call)
+            self._jitted[group] = call, [self._index[op] for op in Body((), (), {}, group.steps).ops()]
+        function, own = self._jitted[group]
+        return function(settings.of(own), inputs)
 
-    def _inside(self, group: Group) -> set[Op]:
-        return set(Body((), (), {}, group.steps).ops())
-
-    def _loop(self, loop: Loop, rules: Rules, inputs: list[Any]) -> Sequence[Any]:
+    def _loop(self, loop: Loop, settings: Settings, inputs: list[Any]) -> Sequence[Any]:
         e = loop.equation
         if e.primitive is p.cond_p:
-            branches = [lambda *xs, body=body: tuple(self._run_body(body, rules, xs)) for body in loop.bodies]
+            branches = [
+                lambda *xs, body=body: tuple(self._run_body(body, settings, xs)) for body in loop.bodies
+            ]  # fmt: skip
             return lax.switch(inputs[0], branches, *inputs[1:])
         consts, carries = _compat.scan_arity(e.params)
         (body,) = loop.bodies
+        ends = settings.probes.get(self._ends.get(loop, 0))
+        if ends is not None:
+            inputs = [*inputs]
+            for j, c in enumerate(loop.constants):
+                inputs[consts + c] = _ending(inputs[consts + c], ends[j])
+        own = [self._index[op] for op in body.ops()]
+        probes = settings.of(own).probes
 
-        def step(carry: tuple[Any, ...], xs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            outputs = self._run_body(body, rules, [*inputs[:consts], *carry, *xs])
+        def step(carry: tuple[Any, ...], xs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            probes, xs = xs
+            inner = dataclasses.replace(settings, probes=probes)
+            outputs = self._run_body(body, inner, [*inputs[:consts], *carry, *xs])
             return tuple(outputs[:carries]), tuple(outputs[carries:])
 
         carry, ys = lax.scan(
             step,
             tuple(inputs[consts : consts + carries]),
-            tuple(inputs[consts + carries :]),
+            (probes, tuple(inputs[consts + carries :])),
             length=e.params["length"],
             reverse=e.params["reverse"],
             unroll=e.params["unroll"],
@@ -104,30 +136,79 @@ class Interpreter:
         return (*carry, *ys)
 
 
-def apply(op: Op, rule: Rule, inputs: list[Any], params: list[Any]) -> Any:
+@jax.custom_vjp
+def _ending(value: jax.Array, probe: jax.Array) -> jax.Array:
+    """A constant at which relevance ends; the probe's cotangent is how much."""
+    return value
+
+
+_ending.defvjp(lambda value, probe: (value, None), lambda _, r: (None, r.sum().astype(jnp.float32)))
+
+
+def loops(steps: Sequence[Step]) -> list[Loop]:
+    """The loops among the steps that are not themselves inside a loop."""
+    found = []
+    for s in steps:
+        if isinstance(s, Loop):
+            found.append(s)
+        elif isinstance(s, Group):
+            found += loops(s.steps)
+    return found
+
+
+def lead(body: Body) -> dict[Op, tuple[int, ...]]:
+    """The lengths of the scans around each Op: the leading axes of its probe."""
+    found: dict[Op, tuple[int, ...]] = {}
+
+    def walk(steps: Sequence[Step], around: tuple[int, ...]) -> None:
+        for s in steps:
+            if isinstance(s, Op):
+                found[s] = around
+            elif isinstance(s, Group):
+                walk(s.steps, around)
+            elif isinstance(s, Loop):
+                scanned = s.equation.primitive is p.scan_p
+                for b in s.bodies:
+                    walk(b.steps, (*around, s.equation.params["length"]) if scanned else around)
+
+    walk(body.steps, ())
+    return found
+
+
+def apply(
+    op: Op, rule: Rule, inputs: list[Any], params: list[Any], probe: Any, mask: Any, report: Report | None
+) -> Any:
     """The Op's value, with the rule as its derivative with respect to the inputs."""
 
-    def evaluate(rule: Rule, inputs: list[Any], params: list[Any]) -> Any:
+    def evaluate(rule: Rule, inputs: list[Any], params: list[Any], probe: Any, mask: Any) -> Any:
         env: Env = dict(zip((*op.inputs, *op.params), (*inputs, *params), strict=True))
         for e in op.steps:
             env.update(zip(e.outputs, e.evaluate(*(_read(env, a) for a in e.inputs)), strict=True))
         return env[op.output]
 
-    def forward(rule: Rule, inputs: list[Any], params: list[Any]) -> tuple[Any, Any]:
-        output = evaluate(rule, inputs, params)
-        kept = (inputs, params, output)
-        return output, (rule, [k if n in rule.uses else None for n, k in zip(_KEPT, kept, strict=True)])
+    probed = probe is not None
 
-    def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None]:
-        rule, (inputs, params, output) = saved
-        layer = Layer(op, inputs, params, output)
-        received = rule.propagate(layer, relevance.astype(layer.dtype))
+    def forward(rule: Rule, inputs: list[Any], params: list[Any], probe: Any, mask: Any) -> tuple[Any, Any]:
+        output = evaluate(rule, inputs, params, probe, mask)
+        uses = _KEPT if probed else rule.needs(op)
+        kept = [k if n in uses else None for n, k in zip(_KEPT, (inputs, params, output), strict=True)]
+        return output, (rule, kept, mask)
+
+    def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None, Any, None]:
+        rule, (inputs, params, output), mask = saved
+        layer = Layer(op, inputs, params, output, books=probed)
+        relevance = relevance.astype(layer.dtype)
+        if mask is not None:
+            relevance = relevance * jnp.asarray(mask, layer.dtype)
+        received = rule.propagate(layer, relevance)
+        row = report(layer, rule, relevance, received) if probed and report is not None else None
         dtypes = [v.aval.dtype for v in op.inputs]
-        return None, [jnp.asarray(r).astype(d) for r, d in zip(received, dtypes, strict=True)], None
+        sent = [jnp.asarray(r).astype(d) for r, d in zip(received, dtypes, strict=True)]
+        return None, sent, None, row, None
 
     function = jax.custom_vjp(evaluate)
     function.defvjp(forward, backward)
-    return function(rule, inputs, params)
+    return function(rule, inputs, params, probe, mask)
 
 
 _KEPT = ("inputs", "params", "output")
@@ -137,4 +218,4 @@ def _read(env: Env, atom: Atom) -> Any:
     return atom.value if isinstance(atom, Constant) else env[atom]
 
 
-__all__ = ["Interpreter", "Equation"]
+__all__ = ["Equation", "Interpreter", "Settings", "apply", "lead"]

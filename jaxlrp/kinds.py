@@ -12,6 +12,7 @@ from typing import Any
 from jax import lax
 from jax.extend.core import primitives as p
 
+from . import _compat
 from .errors import InputError, SelectorError
 
 KINDS = (
@@ -52,6 +53,7 @@ STRUCTURAL = frozenset((
     p.reshape_p, p.transpose_p, p.broadcast_in_dim_p, p.squeeze_p, p.slice_p, p.dynamic_slice_p,
     p.dynamic_update_slice_p, p.pad_p, p.concatenate_p, p.rev_p, p.gather_p, p.select_n_p, p.convert_element_type_p,
     p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p, lax.split_p,
+    *_compat.MOVES,
 ))  # fmt: skip
 
 # no relevance passes: zero derivative everywhere, or declared constant by the user

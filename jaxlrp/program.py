@@ -203,6 +203,7 @@ class Loop:
 
     equation: Equation
     bodies: tuple[Body, ...]
+    constants: tuple[int, ...] = ()  # carries that start from a constant: relevance that reaches the start ends there
 
 
 Step = Equation | Op | Group | Loop

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from jax.extend.core import primitives as p
 
+from . import _compat
 from .facts import Facts
 from .graph import Draft, Graph
 from .kinds import kind_of
@@ -23,8 +24,8 @@ from .source import source_of
 def recognise(block: Block, facts: Facts) -> Body:
     """Groups the block's equations, and those of the loops in it, into Ops."""
     graph = Graph(block, facts)
-    claim_activations(graph)
     claim_softmax(graph)
+    claim_activations(graph)
     claim_linear(graph)
     _claim_adds(graph)
     _claim_scales(graph)
@@ -81,15 +82,6 @@ def _claim_single(graph: Graph, e: Equation) -> None:
         kind, label = "matmul", "matmul"  # two data operands, or a kernel that depends on the data
     elif e.primitive in (p.max_p, p.min_p, p.clamp_p) and not several:
         kind, label = "activation", "relu" if e.primitive is p.max_p else "clip"
-        # min(max(x, low), high), written by hand, is one clip
-        while (follower := graph.reader(equations[-1].outputs[0])) is not None:
-            if (
-                follower.primitive not in (p.max_p, p.min_p)
-                or not graph.free(follower)
-                or len(graph.data(follower)) != 1
-            ):
-                break
-            equations, label = [*equations, follower], "clip"
     elif e.primitive in (p.max_p, p.min_p):
         label = "maximum" if e.primitive is p.max_p else "minimum"
     elif e.primitive in (p.mul_p, p.div_p) and not several:
@@ -108,17 +100,12 @@ def _claim_single(graph: Graph, e: Equation) -> None:
 def _absorb(graph: Graph) -> None:
     """Literals that a wrapper turns into arrays for one Op alone become part of it, so that the wrapper closes."""
     for e in reversed(graph.equations):
-        if graph.free(e) and e.scopes and _literal(graph, e) and not any(v in graph.results for v in e.outputs):
+        if graph.free(e) and e.scopes and graph.literal(e) and not any(v in graph.results for v in e.outputs):
             owners = {graph.claims.get(r) for v in e.outputs for r in graph.readers.get(v, [])}
             owner = owners.pop() if len(owners) == 1 else None
             if owner is not None:
                 owner.equations.append(e)
                 graph.claim(owner)
-
-
-def _literal(graph: Graph, e: Equation) -> bool:
-    producers = [graph.producer.get(v) for v in e.values]
-    return not e.eqn.effects and all(q is not None and _literal(graph, q) for q in producers)
 
 
 def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equation]]) -> list[Step]:
@@ -140,7 +127,8 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
             if owner.equations[-1] in live:
                 steps.append(_op(graph, owner, tuple(done.pop(owner))))
         elif not isinstance(node, Wrapper):
-            steps.append(Loop(node, tuple(recognise(b, graph.facts) for b in node.bodies)))
+            bodies = tuple(recognise(b, graph.facts) for b in node.bodies)
+            steps.append(Loop(node, bodies, _constant_carries(graph, node)))
         else:
             inside = set(live)
             crossed = any(o is not None and not inside.issuperset(o.equations) for o in owners)
@@ -148,6 +136,15 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
             closes = node.primitive in (p.jit_p, p.remat_p) and not crossed
             steps.extend([_group(graph, node, inside, inner)] if closes else inner)
     return steps
+
+
+def _constant_carries(graph: Graph, e: Equation) -> tuple[int, ...]:
+    if e.primitive is not p.scan_p:
+        return ()
+    consts, carries = _compat.scan_arity(e.params)
+    inner = e.bodies[0].inputs
+    pairs = enumerate(zip(e.inputs[consts:], inner[consts:], strict=True))
+    return tuple(i for i, (a, v) in pairs if i < carries and graph.facts[v].data and not graph.fact(a).data)
 
 
 def _group(graph: Graph, node: Wrapper, inside: set[Equation], steps: list[Step]) -> Group:

@@ -1,24 +1,28 @@
 """Layers that take several equations and come back together: activations (silu, gelu, softplus ...) and softmax.
 
-They are found by data flow. A wrapper (`jax.nn.softplus` is jitted) whose body is element-wise is one activation. Where
-element-wise paths from one value join again (x * sigmoid(x)), all between is one activation. A softmax is what lies
-between a quotient and the immediate dominator of its two operands, when it holds an exponential and its sum.
+They are found by data flow. An activation is a wrapper whose body is element-wise (`jax.nn.softplus` is jitted), or
+element-wise paths that part at one value and meet again (x * sigmoid(x)), or a chain that bends more than once
+(1 / (1 + exp(-x))); of candidates that overlap the largest is taken. A softmax is what lies between a quotient and the
+immediate dominator of its two operands, when it holds an exponential and its sum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from jax.extend.core import primitives as p
 
 from .graph import Draft, Graph, small
-from .kinds import ELEMENTWISE, kind_of
-from .program import Equation, Value, Wrapper, leaves
+from .kinds import ELEMENTWISE, STRUCTURAL, kind_of
+from .program import Atom, Equation, Value, Wrapper, leaves
 
-_SOFTMAX = frozenset((
-    p.exp_p, p.reduce_max_p, p.reduce_sum_p, p.max_p, p.stop_gradient_p, p.sub_p, p.div_p, p.log_p, p.add_p,
-    p.broadcast_in_dim_p, p.reshape_p, p.squeeze_p, p.convert_element_type_p, p.select_n_p, p.is_finite_p, p.copy_p,
-    p.reduce_precision_p,
-))  # fmt: skip
+# what a softmax or a logsumexp is written with, guards against infinities included
+_SOFTMAX = ELEMENTWISE | STRUCTURAL | {p.reduce_max_p, p.reduce_sum_p}
 _JOINS = frozenset((p.mul_p, p.div_p, p.select_n_p, p.max_p, p.min_p, p.pow_p, p.clamp_p))
+_SHIFTS = frozenset((p.add_p, p.sub_p))
+_COPIES = frozenset((p.copy_p, p.convert_element_type_p, p.reduce_precision_p))
+
+Candidate = tuple[str, list[Equation], Equation, Equation]  # label, region, its last equation, who is to blame
 
 
 def claim_softmax(graph: Graph) -> None:
@@ -31,7 +35,7 @@ def claim_softmax(graph: Graph) -> None:
         while entry is not None and graph.fact(entry).data:
             wider = graph.between(e, entry)
             seen = {r.primitive for r in wider}
-            if not seen <= _SOFTMAX or not graph.sealed(wider, _out(e)):
+            if not seen <= _SOFTMAX or not graph.sealed(wider, e.outputs[0]):
                 break
             if wanted <= seen:
                 region = wider
@@ -43,85 +47,125 @@ def claim_softmax(graph: Graph) -> None:
             entry = graph.dominator(graph.derived(above))
         if region:
             label = "log_softmax" if e.primitive is p.sub_p else "softmax"
-            graph.claim(Draft("softmax", label, region, _out(e), e))
+            after = graph.reader(e.outputs[0])
+            if label == "log_softmax" and after is not None and after.primitive is p.exp_p and graph.free(after):
+                region, label, e = [*region, after], "softmax", after  # exp(x - logsumexp(x))
+            graph.claim(Draft("softmax", label, region, e.outputs[0], e))
 
 
 def claim_activations(graph: Graph) -> None:
-    for node in graph.block.nodes:
-        _claim_wrapped(graph, node)
-    _claim_joins(graph)
+    wrapped = [c for node in graph.block.nodes for c in _wrapped(graph, node)]
+    whole = {e for c in wrapped for e in c[1]}  # what is an activation in its own right
+    candidates = [*wrapped, *_joined(graph, whole), *_chained(graph, whole)]
+    for label, region, exit, blamed in sorted(candidates, key=_size, reverse=True):
+        if graph.sealed(region, exit.outputs[0]):
+            region, end = _with_copies(graph, region, exit)
+            graph.claim(Draft("activation", label, region, end, blamed))
 
 
-def _claim_wrapped(graph: Graph, node: Equation) -> None:
+def _size(candidate: Candidate) -> int:
+    return len(candidate[1])
+
+
+def _wrapped(graph: Graph, node: Equation) -> Iterator[Candidate]:
+    """Wrappers with an element-wise body: one value of the data in, one of the same shape out, no array parameters."""
     if not isinstance(node, Wrapper):
         return
     inside = [e for e in leaves([node]) if e in graph.position]
     made = {v for e in inside for v in e.outputs}
     used = [v for e in inside for v in e.values if v not in made]
     entries = {v for v in used if graph.fact(v).derived}
-    exits = [v for v in node.outputs if v in made and (v in graph.results or v in graph.readers)]
-    if len(entries) == len(set(exits)) == 1:
-        (entry,), exit = entries, exits[0]
+    exits = {v for v in node.outputs if v in made and (v in graph.results or v in graph.readers)}
+    if len(entries) == len(exits) == 1:
+        (entry,), (exit,) = entries, exits
         if (
-            isinstance(exit, Value)
-            and entry.aval.shape == exit.aval.shape
+            entry.aval.shape == exit.aval.shape
             and graph.fact(entry).data
             and graph.fact(exit).data
             and all(small(v) for v in used if v is not entry)
             and all(not graph.derived(e) or e.primitive in ELEMENTWISE for e in inside)
             and any(_bends(graph, e) for e in inside)
         ):
-            region = [e for e in inside if graph.derived(e)]
-            if graph.sealed(region, exit):
-                graph.claim(Draft("activation", _title(node), region, exit, node))
-                return
+            yield _title(node), [e for e in inside if graph.derived(e)], graph.producer[exit], node
+            return
     for child in node.children:
-        _claim_wrapped(graph, child)
+        yield from _wrapped(graph, child)
 
 
-def _claim_joins(graph: Graph) -> None:
-    """Element-wise paths that part at one value and meet again."""
+def _joined(graph: Graph, whole: set[Equation]) -> Iterator[Candidate]:
+    """Element-wise paths that part at one value and meet again.
+
+    A sum at the end may as well be a residual's: it counts only where no summand holds a whole activation. Parameters
+    that are arrays may be slopes (PReLU) but no shifts (a BatchNorm between).
+    """
     lines: dict[Value, tuple[Value, ...]] = {}  # the values that an element-wise path to this one must pass
-    joins: list[tuple[Equation, Value]] = []
     for e in graph.equations:
         sources = graph.derived(e)
         if not sources or not graph.free(e) or e.primitive not in ELEMENTWISE:
             continue
-        out = _out(e)
+        out = e.outputs[0]
         first, *rest = (lines.get(v, (v,)) for v in sources)
         same = all(v.aval.shape == out.aval.shape for v in sources)
         common = tuple(v for v in first if all(v in line for line in rest)) if same else ()
         lines[out] = (*common, out)
-        if len(sources) > 1 and common:
-            joins.append((e, common[-1]))
-    for e, entry in reversed(joins):
-        if graph.free(e) and graph.fact(entry).data and graph.fact(_out(e)).data:
-            region = graph.between(e, entry)
-            if any(_bends(graph, r) for r in region) and graph.sealed(region, _out(e)):
-                region, end = _with_copies(graph, region, e)
-                graph.claim(Draft("activation", _label(region), region, end, e))
+        if len(sources) > 1 and common and graph.fact(common[-1]).data and graph.fact(out).data:
+            region = graph.between(e, common[-1])
+            sums = e.primitive in _SHIFTS and any(r in whole for r in region)
+            shifts = any(r.primitive in _SHIFTS and not all(map(small, _others(graph, r))) for r in region)
+            if not sums and not shifts and any(_bends(graph, r) for r in region):
+                yield _label(region), region, e, e
+
+
+def _others(graph: Graph, e: Equation) -> list[Atom]:
+    """The operands of `e` that do not depend on the data."""
+    return [a for a in e.inputs if not graph.fact(a).derived]
+
+
+def _chained(graph: Graph, whole: set[Equation]) -> Iterator[Candidate]:
+    """Element-wise steps in a row, each read once, with literals only: they bend, are scaled or shifted, bend again.
+
+    Two bends next to each other are two activations, but for the maximum and minimum of a clip.
+    """
+    seen: set[Equation] = set()
+    for e in graph.equations:
+        if e in seen or e in whole or not _links(graph, e):
+            continue
+        chain = [e]
+        while (follower := graph.reader(chain[-1].outputs[0])) is not None and _links(graph, follower):
+            clip = {chain[-1].primitive, follower.primitive} <= {p.max_p, p.min_p}
+            if follower in whole or (_bends(graph, follower) and _bends(graph, chain[-1]) and not clip):
+                break
+            chain.append(follower)
+        seen.update(chain)
+        while chain and not _bends(graph, chain[-1]):
+            chain.pop()
+        if sum(_bends(graph, link) for link in chain) > 1:
+            yield _label(chain), chain, chain[-1], chain[-1]
+
+
+def _links(graph: Graph, e: Equation) -> bool:
+    """Whether `e` is element-wise in one value of the data, with nothing but literals beside it."""
+    one = graph.free(e) and graph.carries(e) and len(graph.derived(e)) == 1 and e.primitive in ELEMENTWISE
+    same = one and graph.derived(e)[0].aval.shape == e.outputs[0].aval.shape
+    return same and all(small(a) and not graph.fact(a).names for a in _others(graph, e))
 
 
 def _with_copies(graph: Graph, region: list[Equation], exit: Equation) -> tuple[list[Equation], Value]:
     """The region and what merely copies or casts its result (the exact gelu ends in a copy)."""
-    while (e := graph.reader(_out(exit))) is not None and e.primitive in (p.copy_p, p.convert_element_type_p):
+    while (e := graph.reader(exit.outputs[0])) is not None and e.primitive in _COPIES:
         if not graph.free(e) or not graph.carries(e):
             break
         region, exit = [*region, e], e
-    return region, _out(exit)
+    return region, exit.outputs[0]
 
 
 def _bends(graph: Graph, e: Equation) -> bool:
     """Whether `e` is not linear in what it reads of the data."""
-    kind = kind_of(e.primitive)
-    several = e.primitive in _JOINS and len(graph.derived(e)) > 1
-    return bool(graph.derived(e)) and (kind in ("activation", "max_pool") or several)
-
-
-def _out(e: Equation) -> Value:
-    out = e.outputs[0]
-    assert isinstance(out, Value)
-    return out
+    derived = graph.derived(e)
+    if e.primitive in _JOINS and len(derived) > 1:
+        return True
+    inverse = e.primitive is p.div_p and e.inputs[0] not in derived
+    return bool(derived) and (inverse or kind_of(e.primitive) in ("activation", "max_pool"))
 
 
 def _title(wrapper: Wrapper) -> str:

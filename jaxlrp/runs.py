@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 from jax.extend.core import primitives as p
 
@@ -32,7 +33,7 @@ def claim_linear(graph: Graph) -> None:
     for e in graph.equations:
         kind = kind_of(e.primitive)
         if kind in _CORES and graph.free(e) and graph.carries(e) and len(graph.data(e)) == len(graph.derived(e)) == 1:
-            drafts.append(_forward(graph, e, kind))
+            drafts.append(_forward(graph, e, "resize" if _interpolates(graph, e) else kind))
     for draft in drafts:
         if draft.linear is not None:
             _backward(graph, draft, draft.linear)
@@ -41,7 +42,7 @@ def claim_linear(graph: Graph) -> None:
 def parameter_step(graph: Graph, e: Equation) -> Atom | None:
     """The parameter that `e` adds to one data value, or multiplies it by; None if it does neither."""
     if e.primitive is p.neg_p and graph.carries(e):
-        return Constant(-1.0, e.outputs[0].aval)
+        return Constant(-1.0, jax.typeof(np.float32(-1)))
     if e.primitive not in _SHIFTS | _FACTORS or not graph.carries(e) or len(graph.data(e)) != 1:
         return None
     slot = next(i for i, v in enumerate(e.inputs) if v in graph.data(e))
@@ -52,15 +53,24 @@ def parameter_step(graph: Graph, e: Equation) -> Atom | None:
     return other
 
 
+def _interpolates(graph: Graph, core: Equation) -> bool:
+    """Whether the kernel is made of literals alone, as that of `jax.image.resize` is."""
+    kernels = [graph.producer.get(v) for v in core.values if not graph.fact(v).derived]
+    return bool(kernels) and all(e is not None and graph.literal(e) for e in kernels)
+
+
 def _forward(graph: Graph, core: Equation, kind: str) -> Draft:
-    axes = kernel_axes(core, graph.data(core)[0])
+    """The run from `core` on. Of one that interpolates, the next such core, for the next axis, is part."""
+    axes = kernel_axes(core, graph.data(core)[0]) if kind in ("dense", "conv") else None
     after: list[Equation] = []
     scales: list[tuple[Equation, Axes]] = []
     value = core.outputs[0]
     while isinstance(value, Value) and (e := graph.reader(value)) is not None:
         if not graph.free(e) or not graph.carries(e) or len(graph.data(e)) != 1:
             break
-        if e.primitive in _MOVES:
+        if kind == "resize" and kind_of(e.primitive) == "dense" and _interpolates(graph, e):
+            pass
+        elif e.primitive in _MOVES:
             moved = _move(axes or {}, e)
             # a pool keeps its shape: the reshape after it belongs to the dense layer that it prepares
             if moved is None or (axes is None and _long(e.inputs[0]) != _long(e.outputs[0])):
@@ -98,7 +108,7 @@ def _backward(graph: Graph, draft: Draft, linear: Linear) -> None:
         before.append(e)
         value, reader = graph.data(e)[0], e
     if before:
-        shifts = any(e.primitive in _SHIFTS or e.primitive is p.pad_p and not _zero_pad(e) for e in before)
+        shifts = any(e.primitive in _SHIFTS or e.primitive is p.pad_p and not _zero_pad(graph, e) for e in before)
         draft.linear = dataclasses.replace(
             linear, before=tuple(before[::-1]), shifted=shifts, nonneg=linear.nonneg and not shifts
         )
@@ -110,8 +120,11 @@ def _long(atom: Atom) -> list[int]:
     return [n for n in atom.aval.shape if n != 1]
 
 
-def _zero_pad(e: Equation) -> bool:
+def _zero_pad(graph: Graph, e: Equation) -> bool:
+    """Whether a pad fills with the literal 0, cast or not."""
     value = e.inputs[1]
+    while isinstance(value, Value) and (cast := graph.producer.get(value)) is not None and cast.primitive in _SAME_SHAPE:
+        value = cast.inputs[0]
     return isinstance(value, Constant) and not np.any(np.asarray(value.value))
 
 

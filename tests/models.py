@@ -78,9 +78,7 @@ class NnxCNN(nnx.Module):
 
 def conv(x, kernel, strides=(1, 1), padding="SAME", **options):
     """A convolution of NHWC images with an HWIO kernel."""
-    return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
-    )
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
 
 
 def batch_norm(x, p):

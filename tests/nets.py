@@ -1,12 +1,15 @@
 """Small networks and numbers that the tests of the transformation share."""
 
+from collections.abc import Iterator
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
-from jaxlrp import Composite, rules, select
+from jaxlrp import Composite, rules, select, value_and_lrp
 
 
 def linear(rule: rules.Rule) -> Composite:
@@ -27,6 +30,22 @@ LOCAL = {
 }
 
 
+SOME = tuple(LOCAL[name] for name in ("epsilon", "zplus", "alpha-beta"))
+
+
+def explained(f, *args, rows=SOME, argnums=0, target=None):
+    """[(value, relevance) for each composite], in one compiled program: compiling is what these tests spend time on."""
+    return jax.jit(lambda *args: [value_and_lrp(f, row, argnums, target)(*args) for row in rows])(*args)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For every module that imports it: XLA's optimiser would take half of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def draw(seed: int, *shape: int, dtype=np.float64) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
@@ -42,11 +61,12 @@ def randomise(tree, seed: int = 0):
 def close(got, right, tolerance: float = 1e-12) -> None:
     """Trees of arrays are equal, to `tolerance` of the largest number in each array."""
     assert jax.tree.structure(got) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
+    for (path, b), a in zip(jax.tree_util.tree_flatten_with_path(right)[0], jax.tree.leaves(got), strict=True):
+        where = jax.tree_util.keystr(path)
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert a.shape == b.shape
-        assert np.isfinite(b).all() and np.any(b), "a comparison with nothing shows nothing"
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+        assert a.shape == b.shape, where
+        assert np.isfinite(b).all() and np.any(b), f"{where}: a comparison with nothing shows nothing"
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=where)
 
 
 def same(got, right) -> None:
@@ -94,21 +114,22 @@ def pool(x, reducer, start, size: int = 2):
 
 
 def cnn_parameters(seed: int = 0, dtype=np.float64) -> dict[str, jax.Array]:
-    shapes = dict(conv1=(3, 3, 2, 4), bias1=(4,), scale=(4,), shift=(4,), mean=(4,), conv2=(3, 3, 4, 4), conv3=(1, 1, 4, 6),
-                  dense=(24, 5), out=(5, 3), bias_out=(3,))  # fmt: skip
     rng = np.random.default_rng(seed)
-    drawn = {k: jnp.asarray(rng.normal(size=s) / np.sqrt(max(1, np.prod(s[:-1]))), dtype) for k, s in shapes.items()}
-    return drawn | {"var": jnp.asarray(rng.uniform(0.5, 2, 4), dtype)}
+    kernels = {"conv1": (3, 3, 2, 4), "conv2": (3, 3, 4, 4), "conv3": (1, 1, 4, 6), "dense": (6, 5), "out": (5, 3)}
+    vectors = {"bias1": 4, "scale": 4, "shift": 4, "mean": 4, "bias_out": 3}
+    p = {name: rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1])) for name, shape in kernels.items()}
+    p |= {name: 0.3 * rng.normal(size=n) for name, n in vectors.items()} | {"var": rng.uniform(0.1, 0.5, 4)}
+    return {name: jnp.asarray(v, dtype) for name, v in p.items()}
 
 
 def cnn(p, x):
-    """(n, 4, 4, 2) -> (n, 3): a BatchNorm, a residual add, both kinds of pool, three activations."""
+    """(n, 4, 4, 2) -> (n, 3): a BatchNorm, a residual add, both kinds of pool, four activations."""
     x = conv(x, p["conv1"]) + p["bias1"]
     x = (x - p["mean"]) * lax.rsqrt(p["var"] + 1e-5) * p["scale"] + p["shift"]
     x = jax.nn.relu(x)
     x = x + jax.nn.silu(conv(x, p["conv2"]))
     x = pool(x, lax.max, -np.inf)
-    x = jax.nn.gelu(conv(x, p["conv3"]))
+    x = pool(jax.nn.gelu(conv(x, p["conv3"])), lax.add, 0) / 4
     x = jnp.tanh(x.reshape(len(x), -1) @ p["dense"])
     return x @ p["out"] + p["bias_out"]
 

@@ -85,10 +85,10 @@ def examples(operation: Operation) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------- the table
 
 
-@pytest.fixture
-def quick_compilation():
-    """XLA's optimiser would take half of the time of the table."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """XLA's optimiser would take half of the time of the table. In float32 it stays on, as rounding depends on it."""
+    jax.config.update("jax_disable_most_optimizations", "float32" not in request.node.name)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
@@ -98,7 +98,7 @@ CASES = [(sign, with_bias) for sign in ("any sign", "behind a relu") for with_bi
 
 @every_rule
 @every_operation
-def test_rule(operation: Operation, row: Row, quick_compilation):
+def test_rule(operation: Operation, row: Row):
     """Inputs of any sign, and known to be non-negative, as a relu passes relevance; eager, compiled and batched."""
     xs, Rs = examples(operation)
     kernel, bias = operation.parameters(with_bias=True)
@@ -135,7 +135,7 @@ def test_operation_is_one_layer(operation: Operation):
 
 
 @every_rule
-@some_operations("dense", "einsum-per-head", "conv-strided-same", "conv-transposed", "conv-batch-norm-negative")
+@some_operations("dense", "einsum-per-head", "conv-strided-same", "conv-transposed", "conv-batch-norm")
 def test_rule_float32(operation: Operation, row: Row):
     xs, Rs = (array.astype(np.float32) for array in examples(operation))
     for with_bias in (True, False):
@@ -230,7 +230,7 @@ def test_denominators_of_zero(row: Row):
         np.testing.assert_allclose(got, row.reference(x, layer, R), rtol=0, atol=1e-8, err_msg=f"bias {bias}")
 
 
-@some_operations("dense-square", "conv-2d")
+@some_operations("dense-weights-left", "conv-2d")
 def test_pass(operation: Operation):
     xs, Rs = examples(operation)
     for with_bias in (True, False):

@@ -1,21 +1,30 @@
 """Relevance rules; each is a frozen dataclass whose numbers are pytree leaves."""
 
-from .activation import Pass, SoftmaxTaylor
+from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor
 from .base import KERNEL, LINEAR, Layer, Rule, divide, rule, stabilise
-from .linear import AlphaBeta, Epsilon, Flat, Gamma, GeneralizedGamma, WSquare, ZBox, Zero, ZPlus
-from .pooling import Winner
+from .domain import Flat, WSquare, ZBox
+from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
+from .pooling import AbsoluteShare, Proportional, Winner
 from .product import Uniform, UniformEpsilon
 
 __all__ = [
     "KERNEL",
     "LINEAR",
+    "AbsoluteShare",
     "AlphaBeta",
+    "BetaSmooth",
+    "DeconvNet",
     "Epsilon",
     "Flat",
+    "FourQuadrant",
     "Gamma",
     "GeneralizedGamma",
+    "Gradient",
+    "GuidedBackprop",
     "Layer",
+    "Norm",
     "Pass",
+    "Proportional",
     "Rule",
     "SoftmaxTaylor",
     "Uniform",
@@ -26,6 +35,8 @@ __all__ = [
     "ZPlus",
     "Zero",
     "divide",
+    "in_proportion",
     "rule",
+    "share",
     "stabilise",
 ]

@@ -1,22 +1,24 @@
-"""Rules for layers that act element by element, and for softmax."""
+"""Rules for layers that act element by element, for softmax, and the gradient with its modified ReLUs."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives as p
 
-from ..program import Op
-from .base import Layer, Rule, rule
+from ..program import Constant, Op, leaves
+from .base import Layer, Rule, check_number, rule
 
 
 @rule
 class Pass(Rule):
     """Relevance passes unchanged: R_in = R_out; through a reshape or a slice it follows the values.
 
-    For any layer with one data input and an output of the same shape. Source: Bach et al. 2015, section "Pixel-wise
-    decomposition for multilayer networks": monotonous activations keep the relevance of their input.
+    For any layer with one data input and an output of the same shape. What arrives at a constant (padding, a token
+    joined to the data) ends there. Source: Bach et al. 2015: monotonous activations keep the relevance of their input.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
@@ -24,8 +26,16 @@ class Pass(Rule):
     def supports(self, op: Op) -> bool:
         return op.kind in ("structural", "blocked") or op.in_shapes == (op.out_shape,)
 
+    def needs(self, op: Op) -> frozenset[str]:
+        return frozenset(("inputs", "params")) if op.kind == "structural" else self.uses
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        return (relevance,)
+        if layer.op.kind != "structural":
+            return (relevance,)
+        _, pull = jax.vjp(layer.apply, *layer.inputs)
+        received = pull(relevance)
+        layer.book("ended", lambda: relevance.sum() - sum(r.sum() for r in received))
+        return received
 
 
 @rule
@@ -36,31 +46,87 @@ class SoftmaxTaylor(Rule):
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset(("softmax",))
+    conserves: ClassVar[bool] = False
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         (x,) = layer.inputs
-        # with s = R / y the chain rule through the layer itself gives x_i (R_i - s_i sum_j R_j)
+        axes = next(tuple(e.params["axes"]) for e in leaves(layer.op.steps) if e.primitive is p.reduce_sum_p)
+        s = jnp.exp(layer.output) if layer.op.label == "log_softmax" else layer.output
+        pulled = relevance - s * relevance.sum(axes, keepdims=True)
         masked = jnp.isneginf(x)
-        y = layer.output
-        if layer.op.label == "log_softmax":
-            y, start = jax.nn.softmax(x, axis=_axis(layer.op)), relevance
-            pulled = start - y * start.sum(_axis(layer.op), keepdims=True)
-        else:
-            pulled = relevance - y * relevance.sum(_axis(layer.op), keepdims=True)
         return (jnp.where(masked, 0, jnp.where(masked, 0, x) * pulled),)
 
 
-def _axis(op: Op) -> tuple[int, ...]:
-    from jax.extend.core import primitives as p
+@rule
+class Gradient(Rule):
+    """The plain derivative instead of relevance: R_in = J^T R_out. Conserves nothing.
 
-    axes = [e.params["axes"] for e in _leaves(op) if e.primitive is p.reduce_sum_p]
-    return tuple(axes[0])
+    What `on_unknown="gradient"` gives a primitive without a kind, and what guided backprop and its kin use everywhere
+    but at ReLUs.
+    """
+
+    conserves: ClassVar[bool] = False
+
+    def supports(self, op: Op) -> bool:
+        return True
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        _, pull = jax.vjp(layer.apply, *layer.inputs)
+        return pull(relevance)
 
 
-def _leaves(op: Op) -> list:
-    from ..program import leaves
+def is_relu(op: Op) -> bool:
+    """Whether the Op is max(x, 0), however it is written down as one maximum."""
+    steps = leaves(op.steps)
+    last = steps[-1]
+    zeros = [a for a in last.inputs if isinstance(a, Constant) and not np.any(np.asarray(a.value))]
+    return op.kind == "activation" and len(steps) == 1 and last.primitive is p.max_p and len(zeros) == 1
 
-    return leaves(op.steps)
+
+class _Relu(Rule):
+    conserves: ClassVar[bool] = False
+    uses: ClassVar[frozenset[str]] = frozenset(("inputs",))
+
+    def supports(self, op: Op) -> bool:
+        return is_relu(op)
 
 
-__all__ = ["Pass", "SoftmaxTaylor"]
+@rule
+class DeconvNet(_Relu):
+    """A ReLU lets positive signals through, whatever its input was: R_in = max(R_out, 0).
+
+    Source: Zeiler and Fergus 2014.
+    """
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        return (jnp.maximum(relevance, 0),)
+
+
+@rule
+class GuidedBackprop(_Relu):
+    """A ReLU lets positive signals through where it was active: R_in = 1[x > 0] max(R_out, 0).
+
+    Source: Springenberg et al. 2015.
+    """
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        return (jnp.where(layer.inputs[0] > 0, jnp.maximum(relevance, 0), 0),)
+
+
+@rule
+class BetaSmooth(_Relu):
+    """The derivative of a softplus in place of the ReLU's: R_in = sigmoid(beta x) R_out.
+
+    beta: float > 0. Source: Dombrowski et al. 2019. Raises InputError for a negative beta.
+    """
+
+    beta: Any = 10.0
+
+    def __post_init__(self) -> None:
+        check_number(self, "beta", minimum=0)
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        return (jax.nn.sigmoid(self.beta * layer.inputs[0]) * relevance,)
+
+
+__all__ = ["BetaSmooth", "DeconvNet", "Gradient", "GuidedBackprop", "Pass", "SoftmaxTaylor", "is_relu"]

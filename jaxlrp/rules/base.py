@@ -11,7 +11,7 @@ with `jax.grad`), its choices (annotated `str` or `bool`) are static.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from ..errors import InputError
-from ..program import Atom, Constant, Equation, Op, Value, Wrapper
+from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 
 T = TypeVar("T", bound=type)
 
@@ -56,10 +56,12 @@ class Rule:
                 return tuple(x * g for x, g in zip(layer.inputs, pull(self.factor * relevance / output)))
 
     kinds: the kinds of Op it can be assigned to. uses: what of the layer it reads ("inputs", "output", "params"); what
-    is not named is not kept from the forward pass.
+    is not named is not kept from the forward pass. conserves: whether all relevance is passed on but for what the rule
+    enters in the layer's books (`Layer.book`); for one that is documented not to, the ledger shows what it creates.
     """
 
     kinds: ClassVar[frozenset[str]] = LINEAR
+    conserves: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset(("inputs", "output", "params"))
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
@@ -70,12 +72,24 @@ class Rule:
         """Whether the rule can be applied to this Op."""
         return op.kind in self.kinds
 
+    def needs(self, op: Op) -> frozenset[str]:
+        """What of this Op must be kept for `propagate`: `uses`, unless the rule treats some kinds otherwise."""
+        return self.uses
+
 
 def concrete(number: Any) -> np.ndarray | None:
     """A rule's number as NumPy array where it can be checked: not a tracer, nor a placeholder of a pytree."""
     if isinstance(number, jax.core.Tracer) or not isinstance(number, (int, float, np.ndarray, np.generic, jax.Array)):
         return None
     return np.asarray(number)
+
+
+def check_choice(rule: Rule, name: str, *choices: str) -> None:
+    """Raises InputError if the rule's choice is none of `choices`."""
+    value = getattr(rule, name)
+    if value not in choices:
+        written = " or ".join(f'"{c}"' for c in choices)
+        raise InputError(f"{type(rule).__name__}({name}={value!r}): write {written}")
 
 
 def check_number(rule: Rule, name: str, *, minimum: float | None = None) -> None:
@@ -106,10 +120,21 @@ class Layer:
     inputs: the data values, in the compute dtype. output: what the forward pass gave. `apply(*inputs)` is the layer
     itself; `kernel` and the methods below it exist for dense and conv Ops, whose every step but the core has been
     folded away: output = forward(active, kernel) + bias.
+
+    books: what became of relevance that was not passed on, where a ledger asks for it ("bias", "stabiliser",
+    "dropped"); else None.
     """
 
-    def __init__(self, op: Op, inputs: Sequence[Any] | None, params: Sequence[Any] | None, output: Any):
+    def __init__(
+        self,
+        op: Op,
+        inputs: Sequence[Any] | None,
+        params: Sequence[Any] | None,
+        output: Any,
+        books: bool = False,
+    ):
         self.op = op
+        self.books: dict[str, jax.Array] | None = {} if books else None
         self.dtype = jnp.promote_types(op.output.aval.dtype, jnp.float32)
         self._exact = all(_dtype(v) in (None, self.dtype) for e in op.steps for v in (*e.inputs, *e.outputs))
         self.inputs = tuple(self._cast(x) for x in inputs or ())
@@ -121,6 +146,16 @@ class Layer:
         env: dict[Atom, Any] = dict(self._params)
         env.update(zip(self.op.inputs, inputs, strict=True))
         return self._run(self.op.steps, env)[self.op.output]
+
+    def book(self, entry: str, amount: Callable[[], jax.Array]) -> None:
+        """Adds the sum of `amount()` to an entry of the books, if there are any."""
+        if self.books is not None:
+            self.books[entry] = self.books.get(entry, jnp.zeros((), self.dtype)) + amount().sum()
+
+    @cached_property
+    def offset(self) -> jax.Array:
+        """What a linear layer gives where the data is zero: its bias, of whatever kind it is."""
+        return self.bias if self.op.linear is not None else self.apply(*(jnp.zeros_like(x) for x in self.inputs))
 
     def _cast(self, x: Any) -> Any:
         inexact = x is not None and jnp.issubdtype(jnp.result_type(x), jnp.floating)
@@ -157,7 +192,16 @@ class Layer:
         return self.op.linear
 
     def _read(self, atom: Atom) -> Any:
-        return self._cast(atom.value if isinstance(atom, Constant) else self._params[atom])
+        return self._cast(atom.value if isinstance(atom, Constant) else self._fixed[atom])
+
+    @cached_property
+    def _fixed(self) -> dict[Atom, Any]:
+        """Everything in the layer that does not depend on its inputs."""
+        env = dict(self._params)
+        for e in leaves(self.op.steps):
+            if all(v in env for v in e.values):
+                self._run([e], env)
+        return env
 
     @cached_property
     def kernel(self) -> jax.Array:
@@ -171,7 +215,7 @@ class Layer:
     def _factor(self, e: Equation, axes: dict[int, int], ndim: int) -> Any:
         if e.primitive is p.neg_p:
             return -1
-        slot = next(i for i, a in enumerate(e.inputs) if a not in self._params and isinstance(a, Value))
+        slot = next(i for i, a in enumerate(e.inputs) if a not in self._fixed and isinstance(a, Value))
         if e.primitive is p.sub_p:
             return -1 if slot == 1 else 1
         factor = self._read(e.inputs[1 - slot])
@@ -193,7 +237,7 @@ class Layer:
             value = self._core(entered, raw)
         else:
             value = jnp.zeros(linear.core.outputs[0].aval.shape, self.dtype)
-        env: dict[Atom, Any] = {**self._params, linear.core.outputs[0]: value}
+        env: dict[Atom, Any] = {**self._fixed, linear.core.outputs[0]: value}
         return self._run(linear.after, env)[self.op.output]
 
     @cached_property
@@ -242,7 +286,7 @@ class Layer:
 
     def _before(self, x: jax.Array) -> jax.Array:
         linear = self._linear()
-        return self._run(linear.before, {**self._params, self.op.inputs[0]: x})[linear.core.inputs[linear.slot]]
+        return self._run(linear.before, {**self._fixed, self.op.inputs[0]: x})[linear.core.inputs[linear.slot]]
 
     def _move(self, x: jax.Array) -> jax.Array:
         linear = self._linear()

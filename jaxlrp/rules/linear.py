@@ -3,6 +3,9 @@
 Signs are those of the contributions, not of the weights, so inputs of either sign are handled; where the input is known
 not to be negative the cheaper form is taken. c+ = max(c, 0), c- = min(c, 0), likewise b+ and b-. Only Epsilon adds a
 stabiliser; elsewhere a zero denominator gives zero messages.
+
+`bias`, a choice of most rules, says what becomes of the bias's share of a unit's relevance: "absorb" (the bias keeps
+it), "distribute" (every connected input gets the same part of it), "ignore" (the bias is left out of the denominator).
 """
 
 from __future__ import annotations
@@ -14,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InputError
-from ..program import Op
-from .base import KERNEL, LINEAR, Layer, Rule, check_number, concrete, divide, rule, stabilise
+from .base import KERNEL, Layer, Rule, check_choice, check_number, concrete, divide, rule, stabilise
 
 Terms = list[tuple[jax.Array, jax.Array]]  # (input, kernel) pairs: their sum of products is one set of contributions
 
@@ -44,6 +46,12 @@ def inhibitory(layer: Layer) -> Terms:
     return [(positive(a), negative(w)), (negative(a), positive(w))]
 
 
+def weighted(layer: Layer, gamma: Any, terms: Terms) -> Terms:
+    """c + gamma c', where the terms give c': as many passes as c' alone."""
+    w = layer.kernel
+    return [(a, w + gamma * part) for a, part in terms]
+
+
 def total(layer: Layer, terms: Terms) -> jax.Array:
     """sum_j c_jk over the terms."""
     return sum((layer.forward(a, w) for a, w in terms[1:]), layer.forward(*terms[0]))
@@ -55,70 +63,148 @@ def messages(layer: Layer, terms: Terms, s: jax.Array) -> jax.Array:
     return sum((a * layer.backward(s, w) for a, w in rest), a * layer.backward(s, w))
 
 
-def proportional(layer: Layer, s: jax.Array) -> tuple[jax.Array, ...]:
-    """x_j sum_k dz_k/dx_j s_k for each input: the shares of all contributions, s being R / z."""
+def share(
+    layer: Layer,
+    relevance: jax.Array,
+    terms: Terms,
+    z: jax.Array,
+    bias: jax.Array | None = None,
+    policy: str = "absorb",
+    epsilon: Any = None,
+) -> jax.Array:
+    """R_j = sum_k c_jk / z_k R_k at the core's entrance, and the books of what is not passed on.
+
+    z: sum_j c_jk + bias, the denominator under the policies "absorb" and "distribute".
+    """
+    if bias is not None and policy == "ignore":
+        z, bias = z - bias, None
+    divisor = z if epsilon is None else stabilise(z, epsilon)
+    s = divide(relevance, divisor)
+    received = messages(layer, terms, s)
+    if bias is not None and policy == "distribute":
+        ones = [(layer.ones, jnp.ones_like(layer.kernel))]
+        received += messages(layer, ones, divide(s * bias, total(layer, ones)))
+    elif bias is not None:
+        layer.book("bias", lambda: s * bias)
+    if epsilon is not None:
+        layer.book("stabiliser", lambda: s * (divisor - z))
+    layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
+    return received
+
+
+def in_proportion(
+    layer: Layer, relevance: jax.Array, policy: str = "absorb", epsilon: Any = None
+) -> tuple[jax.Array, ...]:
+    """R_j = sum_k c_jk / z_k R_k for any layer that is linear in its data: all contributions, of either sign."""
     if layer.op.linear is not None:
-        return (layer.leave(layer.active * layer.backward(s, layer.kernel)),)
+        terms = [(layer.active, layer.kernel)]
+        needs_bias = policy != "absorb" or layer.books is not None
+        bias = layer.bias if needs_bias else None
+        return (layer.leave(share(layer, relevance, terms, layer.output, bias, policy, epsilon)),)
+    z = layer.output - layer.offset if policy == "ignore" else layer.output
+    divisor = z if epsilon is None else stabilise(z, epsilon)
+    s = divide(relevance, divisor)
     _, pull = jax.vjp(layer.apply, *layer.inputs)
-    return tuple(x * g for x, g in zip(layer.inputs, pull(s), strict=True))
+    received = [x * g for x, g in zip(layer.inputs, pull(s), strict=True)]
+    if policy == "absorb":
+        layer.book("bias", lambda: s * layer.offset)
+    elif policy == "distribute" and layer.op.kind in ("scale", "batch_norm"):
+        received[0] += s * layer.offset
+    layer.book("stabiliser", lambda: s * (divisor - z))
+    layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
+    return tuple(received)
+
+
+def scaled(epsilon: Any, stabiliser: str, z: jax.Array) -> Any:
+    """The stabiliser's size: as it is, or times the root mean square of z over all axes but the first."""
+    if stabiliser == "absolute":
+        return epsilon
+    axes = tuple(range(1, z.ndim)) or None
+    return epsilon * jnp.sqrt(jnp.mean(z**2, axis=axes, keepdims=True))
+
+
+_POLICIES = ("absorb", "distribute", "ignore")
 
 
 @rule
 class Zero(Rule):
     """LRP-0: R_j = sum_k c_jk / z_k R_k; messages of units with z_k = 0 are dropped.
 
-    Source: Bach et al. 2015, eq. 56. Passes: one transposed pass. Equals gradient x input on piecewise linear networks.
+    bias: "absorb", "distribute" or "ignore". Source: Bach et al. 2015, eq. 56. Passes: one transposed pass. Equals
+    gradient x input on piecewise linear networks. Raises InputError for another choice.
     """
 
+    bias: str = "absorb"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "bias", *_POLICIES)
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        return proportional(layer, divide(relevance, layer.output))
+        return in_proportion(layer, relevance, self.bias)
 
 
 @rule
 class Epsilon(Rule):
     """LRP-epsilon: R_j = sum_k c_jk / (z_k + epsilon sign(z_k)) R_k, with sign(0) = +1.
 
-    epsilon: float >= 0, absolute. The stabiliser absorbs epsilon / (|z| + epsilon) of each unit's relevance, the bias
-    its share b / z. Source: Bach et al. 2015, eq. 58. Raises InputError for a negative or NaN epsilon.
+    epsilon: float >= 0; with stabiliser="relative", in units of the root mean square of z over all axes but the first
+    (Montavon et al. 2019). The stabiliser absorbs epsilon / (|z| + epsilon) of each unit's relevance, the bias its
+    share b / z unless bias is "distribute" or "ignore". Source: Bach et al. 2015, eq. 58. Raises InputError for a
+    negative or NaN epsilon, or another choice.
     """
 
     epsilon: Any = 1e-6
+    stabiliser: str = "absolute"
+    bias: str = "absorb"
 
     def __post_init__(self) -> None:
         check_number(self, "epsilon", minimum=0)
+        check_choice(self, "stabiliser", "absolute", "relative")
+        check_choice(self, "bias", *_POLICIES)
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        return proportional(layer, divide(relevance, stabilise(layer.output, self.epsilon)))
+        return in_proportion(layer, relevance, self.bias, scaled(self.epsilon, self.stabiliser, layer.output))
+
+
+@rule
+class Norm(Epsilon):
+    """A sum's relevance in proportion to its terms: Epsilon under the name that zennit gives it for sums and pools."""
 
 
 @rule
 class ZPlus(Rule):
     """LRP-z+ (alpha 1, beta 0): R_j = sum_k c+_jk / (sum_i c+_ik + b+_k) R_k.
 
-    Source: Montavon et al. 2017, eq. 14, for inputs of either sign.
+    bias: "absorb", "distribute" or "ignore". Source: Montavon et al. 2017, eq. 14, for inputs of either sign.
     """
 
+    bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = KERNEL
 
+    def __post_init__(self) -> None:
+        check_choice(self, "bias", *_POLICIES)
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        terms = excitatory(layer)
-        s = divide(relevance, total(layer, terms) + positive(layer.bias))
-        return (layer.leave(messages(layer, terms, s)),)
+        terms, b = excitatory(layer), positive(layer.bias)
+        return (layer.leave(share(layer, relevance, terms, total(layer, terms) + b, b, self.bias)),)
 
 
 @rule
 class AlphaBeta(Rule):
     """R_j = sum_k (alpha c+_jk / (sum_i c+_ik + b+_k) - beta c-_jk / (sum_i c-_ik + b-_k)) R_k.
 
-    alpha, beta: floats, beta >= 0 and alpha - beta = 1. A unit without inhibitory (excitatory) contributions gives
-    alpha R (-beta R) instead of R. Source: Bach et al. 2015, eq. 60. Raises InputError for numbers that do not fit.
+    alpha, beta: floats, beta >= 0 and alpha - beta = 1. bias: "absorb", "distribute" or "ignore". A unit without
+    inhibitory (excitatory) contributions gives alpha R (-beta R) instead of R. Source: Bach et al. 2015, eq. 60.
+    Raises InputError for numbers that do not fit.
     """
 
     alpha: Any = 2.0
     beta: Any = 1.0
+    bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = KERNEL
 
     def __post_init__(self) -> None:
+        check_choice(self, "bias", *_POLICIES)
         check_number(self, "alpha")
         check_number(self, "beta", minimum=0)
         alpha, beta = concrete(self.alpha), concrete(self.beta)
@@ -135,31 +221,71 @@ class AlphaBeta(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         plus, minus = excitatory(layer), inhibitory(layer)
-        z_plus = total(layer, plus) + positive(layer.bias)
-        z_minus = total(layer, minus) + negative(layer.bias)
-        r = messages(layer, plus, self.alpha * divide(relevance, z_plus))
-        r -= messages(layer, minus, self.beta * divide(relevance, z_minus))
+        b_plus, b_minus = positive(layer.bias), negative(layer.bias)
+        z_plus, z_minus = total(layer, plus) + b_plus, total(layer, minus) + b_minus
+        r = share(layer, self.alpha * relevance, plus, z_plus, b_plus, self.bias)
+        r += share(layer, -self.beta * relevance, minus, z_minus, b_minus, self.bias)
         return (layer.leave(r),)
+
+
+@rule
+class FourQuadrant(Rule):
+    """alpha-beta with a number for each combination of signs of input and weight, each normalised on its own:
+
+        R_j = sum_q n_q sum_k c^q_jk / (sum_i c^q_ik) R_k,    q in {++, --, +-, -+}, the input's sign first
+
+    pos_pos, neg_neg, pos_neg, neg_pos: floats with sum 1 (so that relevance is conserved where no quadrant is empty);
+    biases are left out. (1, 0, 0, 0) is z+ restricted to positive inputs. Source: Binder et al. 2021. Raises
+    InputError if the sum is not 1.
+    """
+
+    pos_pos: Any = 1.0
+    neg_neg: Any = 0.0
+    pos_neg: Any = 0.0
+    neg_pos: Any = 0.0
+    kinds: ClassVar[frozenset[str]] = KERNEL
+
+    def __post_init__(self) -> None:
+        names = ("pos_pos", "neg_neg", "pos_neg", "neg_pos")
+        for name in names:
+            check_number(self, name)
+        values = [concrete(getattr(self, name)) for name in names]
+        if all(v is not None for v in values) and not np.allclose(sum(values), 1, rtol=0, atol=1e-5):  # type: ignore[arg-type]
+            raise InputError(f"{self!r}: the four numbers must have the sum 1")
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        a, w = layer.active, layer.kernel
+        quadrants = [(self.pos_pos, positive(a), positive(w)), (self.pos_neg, positive(a), negative(w))]
+        if not layer.nonneg:
+            quadrants += [(self.neg_neg, negative(a), negative(w)), (self.neg_pos, negative(a), positive(w))]
+        else:
+            missing = self.neg_neg + self.neg_pos
+            layer.book("dropped", lambda: missing * relevance)
+        parts = (share(layer, n * relevance, [(x, v)], layer.forward(x, v)) for n, x, v in quadrants)
+        return (layer.leave(sum(parts)),)  # type: ignore[arg-type]
 
 
 @rule
 class Gamma(Rule):
     """LRP-gamma: R_j = sum_k (c_jk + gamma c+_jk) / (z_k + gamma (sum_i c+_ik + b+_k)) R_k.
 
-    gamma: float >= 0. Source: Montavon et al. 2019, section 10.2.3, for inputs of either sign. Raises InputError for a
-    negative gamma.
+    gamma: float >= 0. bias: "absorb", "distribute" or "ignore". Source: Montavon et al. 2019, section 10.2.3, for
+    inputs of either sign. Raises InputError for a negative gamma.
     """
 
     gamma: Any = 0.25
+    bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = KERNEL
 
     def __post_init__(self) -> None:
+        check_choice(self, "bias", *_POLICIES)
         check_number(self, "gamma", minimum=0)
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        z = layer.output + self.gamma * (total(layer, excitatory(layer)) + positive(layer.bias))
-        terms = _weighted(layer, self.gamma, excitatory(layer))
-        return (layer.leave(messages(layer, terms, divide(relevance, z))),)
+        plus, b = excitatory(layer), layer.bias
+        z = layer.output + self.gamma * (total(layer, plus) + positive(b))
+        terms = weighted(layer, self.gamma, plus)
+        return (layer.leave(share(layer, relevance, terms, z, b + self.gamma * positive(b), self.bias)),)
 
 
 @rule
@@ -170,109 +296,30 @@ class GeneralizedGamma(Rule):
         z_k < 0:  (c_jk + gamma c-_jk) / (z_k + gamma (sum_i c-_ik + b-_k)) R_k
         z_k = 0:  nothing
 
-    gamma: float >= 0. Source: Andeol et al. 2021, eq. 8. Raises InputError for a negative gamma.
+    gamma: float >= 0. bias: "absorb", "distribute" or "ignore". Source: Andeol et al. 2021, eq. 8. Raises InputError
+    for a negative gamma.
     """
 
     gamma: Any = 0.25
+    bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = KERNEL
 
     def __post_init__(self) -> None:
+        check_choice(self, "bias", *_POLICIES)
         check_number(self, "gamma", minimum=0)
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        plus, minus, z = excitatory(layer), inhibitory(layer), layer.output
-        z_plus = total(layer, plus) + positive(layer.bias)
-        # z- needs no pass of its own: no denominator below is smaller than the z it comes from
+        plus, minus, z, b = excitatory(layer), inhibitory(layer), layer.output, layer.bias
+        z_plus = total(layer, plus) + positive(b)
+        # z- needs no pass of its own: it enters a sum with z only where |z-| >= z+, so nothing cancels
         z_minus = z - z_plus
-        upper = jnp.where(z > 0, divide(relevance, z + self.gamma * z_plus), 0)
-        lower = jnp.where(z < 0, divide(relevance, z + self.gamma * z_minus), 0)
-        r = messages(layer, _weighted(layer, self.gamma, plus), upper)
-        r += messages(layer, _weighted(layer, self.gamma, minus), lower)
-        return (layer.leave(r),)
-
-
-def _weighted(layer: Layer, gamma: Any, terms: Terms) -> Terms:
-    """c + gamma c', where the terms give c': as many passes as c' alone."""
-    w = layer.kernel
-    return [(a, w + gamma * part) for a, part in terms]
-
-
-@rule
-class WSquare(Rule):
-    """LRP-w^2: R_j = sum_k w_jk^2 / (sum_i w_ik^2) R_k, for unbounded inputs; input and bias play no part.
-
-    Source: Montavon et al. 2017, eq. 12.
-    """
-
-    kinds: ClassVar[frozenset[str]] = KERNEL
-
-    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        # the weight seen from the raw input includes the preprocessing's factor
-        factor = layer.enter(jnp.ones_like(layer.inputs[0]))
-        terms = [(factor**2, layer.kernel**2)]
-        return (layer.leave(messages(layer, terms, divide(relevance, total(layer, terms)))),)
-
-
-@rule
-class Flat(Rule):
-    """LRP-flat: every connected input gets the same share 1/n; padding gets none; input, weights, bias play no part.
-
-    Source: Lapuschkin et al. 2017.
-    """
-
-    kinds: ClassVar[frozenset[str]] = KERNEL
-
-    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        terms = [(layer.ones, jnp.ones_like(layer.kernel))]
-        return (layer.leave(messages(layer, terms, divide(relevance, total(layer, terms)))),)
-
-
-@rule
-class ZBox(Rule):
-    """LRP-z^B, for inputs in a box: R_j = sum_k (a_j w_jk - l_j w+_jk - h_j w-_jk) / sum_i (same) R_k.
-
-    low <= 0 <= high usually, floats or arrays that broadcast to the input, in the units of the explained input
-    (preprocessing that joined the layer is accounted for). Source: Montavon et al. 2017, eq. 16. Raises InputError
-    where low > high, at assignment where a bound does not broadcast to the input.
-    """
-
-    low: Any
-    high: Any
-    kinds: ClassVar[frozenset[str]] = KERNEL
-
-    def __post_init__(self) -> None:
-        low, high = concrete(self.low), concrete(self.high)
-        check_number(self, "low")
-        check_number(self, "high")
-        if low is not None and high is not None and (low > high).any():
-            raise InputError(f"ZBox(low={self.low!r}, high={self.high!r}): low must not exceed high")
-
-    def check(self, op: Op) -> None:
-        shape = op.in_shapes[0]
-        for name in ("low", "high"):
-            bound = jnp.shape(getattr(self, name))
-            if not _broadcasts(bound, shape):
-                raise InputError(
-                    f"ZBox: {name} of shape {bound} does not broadcast to the input {shape} of {op.name} ({op.source})"
-                )
-
-    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        x, w = layer.inputs[0], layer.kernel
-        bounds = [layer.enter(jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)) for b in (self.low, self.high)]
-        # a negative preprocessing factor turns the box over
-        low, high = _ordered(*bounds)
-        terms = [(layer.active, w), (-low, positive(w)), (-high, negative(w))]
-        return (layer.leave(messages(layer, terms, divide(relevance, total(layer, terms)))),)
-
-
-def _ordered(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.minimum(a, b), jnp.maximum(a, b)
-
-
-def _broadcasts(bound: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(bound) <= len(shape) and all(b in (1, n) for b, n in zip(bound[::-1], shape[::-1], strict=False))
-
-
-__all__ = [
-    "LINEAR", "AlphaBeta", "Epsilon", "Flat", "Gamma", "GeneralizedGamma", "WSquare", "ZBox", "ZPlus", "Zero",
-]  # fmt: skip
+        received = jnp.zeros_like(layer.active)
+        for half, terms, part, b_part in (
+            (z > 0, plus, z_plus, positive(b)),
+            (z < 0, minus, z_minus, negative(b)),
+        ):
+            divisor = jnp.where(half, z + self.gamma * part, 1)
+            chosen, gamma = jnp.where(half, relevance, 0), self.gamma
+            received += share(layer, chosen, weighted(layer, gamma, terms), divisor, b + gamma * b_part, self.bias)
+        layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
+        return (layer.leave(received),)

@@ -1,45 +1,112 @@
-"""Rules for max-pooling; average pooling and sums take the linear rules."""
+"""Rules for max-pooling, and the shares that sums and average pools may take instead of their contributions'."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import primitives as p
 
-from ..program import leaves
-from .base import Layer, Rule, rule
+from ..program import Equation, leaves
+from .base import Layer, Rule, check_choice, divide, rule
+
+_OVER_AXES = (p.reduce_max_p, p.reduce_min_p)
+_MINIMA = (p.reduce_min_p, p.reduce_window_min_p)
 
 
 @rule
 class Winner(Rule):
-    """All relevance to the largest element of each window (or smallest, for a minimum), the first one on ties.
+    """All relevance to the largest element of each window (the smallest, for a minimum).
 
-    For max-pooling, maxima over axes, and the maximum of two values (on ties half each). Source: Bach et al. 2015.
+    ties: "first" in the window's order, or "split" in equal parts. For max-pooling, maxima over axes, and the maximum
+    of two values (there ties always split). Source: Bach et al. 2015. Raises InputError for another choice.
     """
 
+    ties: str = "first"
     kinds: ClassVar[frozenset[str]] = frozenset(("max_pool",))
-    uses: ClassVar[frozenset[str]] = frozenset(("inputs", "params"))
+    uses: ClassVar[frozenset[str]] = frozenset(("inputs", "params", "output"))
+
+    def __post_init__(self) -> None:
+        check_choice(self, "ties", "first", "split")
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         (e,) = leaves(layer.op.steps)
-        if e.primitive in (p.reduce_max_p, p.reduce_min_p):
-            return (_first(layer.inputs[0], e, relevance),)
-        _, pull = jax.vjp(layer.apply, *layer.inputs)  # a window's derivative is its first winner
-        return pull(relevance)
+        windowed = e.primitive in (p.reduce_window_max_p, p.reduce_window_min_p)
+        if not windowed and e.primitive not in _OVER_AXES or windowed and self.ties == "first":
+            # the derivative of a window is its first winner, that of a maximum of two values half each on ties
+            _, pull = jax.vjp(layer.apply, *layer.inputs)
+            return pull(relevance)
+        elements, pull = jax.vjp(lambda x: windows(e, x), layer.inputs[0])
+        wins = elements == elements_best(e, elements)
+        if self.ties == "first":
+            wins &= jnp.cumsum(wins, 0) == 1
+        return pull(wins * relevance.reshape(elements.shape[1:]) / wins.sum(0))
 
 
-def _first(x: jax.Array, e, relevance: jax.Array) -> jax.Array:
-    """The derivative of a maximum over axes splits ties; here the first takes all."""
-    axes = tuple(e.params["axes"])
-    kept = [i for i in range(x.ndim) if i not in axes]
-    flat = x.transpose(*kept, *axes).reshape(*(x.shape[i] for i in kept), -1)
-    pick = jnp.argmax(flat, -1) if e.primitive is p.reduce_max_p else jnp.argmin(flat, -1)
-    routed = jax.nn.one_hot(pick, flat.shape[-1], dtype=relevance.dtype) * relevance[..., None]
-    routed = routed.reshape(*(x.shape[i] for i in kept), *(x.shape[i] for i in axes))
-    order = [*kept, *axes]
-    return routed.transpose([order.index(i) for i in range(x.ndim)])
+@rule
+class Proportional(Rule):
+    """Max-pooling explained as if it had been a sum: R_j = x_j / (sum of the window) R_k.
+
+    Source: the option "always average" of the LRP Toolbox, Lapuschkin et al. 2016. A window with sum 0 is dropped.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset(("max_pool",))
+    uses: ClassVar[frozenset[str]] = frozenset(("inputs",))
+
+    def supports(self, op: Any) -> bool:
+        return op.kind == "max_pool" and len(op.inputs) == 1
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        (e,) = leaves(layer.op.steps)
+        elements, pull = jax.vjp(lambda x: windows(e, x, fill=0.0), layer.inputs[0])
+        z = elements.sum(0)
+        relevance = relevance.reshape(z.shape)
+        layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
+        return pull(elements * divide(relevance, z))
 
 
-__all__ = ["Winner"]
+@rule
+class AbsoluteShare(Rule):
+    """A residual sum's relevance in proportion to the terms' sizes: R_i = |x_i| / (sum_j |x_j|) R.
+
+    Every term gets the sign of R, where Epsilon gives a term that was subtracted the opposite sign. Units whose terms
+    are all 0 are dropped. Source: the residual rule of autoLRP; compare Chefer et al. 2021, eq. 9.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset(("add",))
+    uses: ClassVar[frozenset[str]] = frozenset(("inputs",))
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        sizes = [jnp.abs(x) for x in layer.inputs]
+        z, pull = jax.vjp(lambda *xs: sum(jnp.broadcast_to(x, relevance.shape) for x in xs), *sizes)
+        layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
+        return tuple(x * g for x, g in zip(sizes, pull(divide(relevance, z)), strict=True))
+
+
+def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:
+    """The elements of every window, on a leading axis, each position shaped like the output (without its 1-axes)."""
+    if e.primitive in _OVER_AXES:
+        axes = tuple(e.params["axes"])
+        kept = [i for i in range(x.ndim) if i not in axes]
+        flat = x.transpose(*axes, *kept)
+        return flat.reshape(-1, *flat.shape[len(axes) :])
+    size, stride, dilation = (e.params[k] for k in ("window_dimensions", "window_strides", "window_dilation"))
+    edge = fill if fill is not None else (np.inf if e.primitive in _MINIMA else -np.inf)
+    pads = [(low, high, base - 1) for (low, high), base in zip(e.params["padding"], e.params["base_dilation"], strict=True)]
+    padded = jax.lax.pad(x, jnp.asarray(edge, x.dtype), pads)
+    shape = e.outputs[0].aval.shape
+    taken = []
+    for offset in np.ndindex(*size):
+        start = [o * d for o, d in zip(offset, dilation, strict=True)]
+        stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, shape, stride, strict=True)]
+        taken.append(jax.lax.slice(padded, start, stop, stride))
+    return jnp.stack(taken)
+
+
+def elements_best(e: Equation, elements: jax.Array) -> jax.Array:
+    return elements.min(0) if e.primitive in _MINIMA else elements.max(0)
+
+
+__all__ = ["AbsoluteShare", "Proportional", "Winner"]

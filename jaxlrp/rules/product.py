@@ -1,38 +1,42 @@
-"""Rules for products of two data values and for matrix products of two data values."""
+"""Rules for products of data values, and the equal share."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
+from ..program import leaves
 from .base import Layer, Rule, check_number, divide, rule, stabilise
 
 
 @rule
 class Uniform(Rule):
-    """Every data operand gets the same share: R / n each (a product of two: half each).
+    """Equal shares: every operand of a product or sum gets R / n, every element of an average pool's window too.
 
-    For operands of the output's shape; one that is broadcast gets the sum over its copies. Source: Achtibat et al.
-    2024, Prop. 3.2.
+    An operand that is broadcast gets the sum over its copies. Source: Achtibat et al. 2024, Prop. 3.2; for pools the
+    rule "flat" of Lapuschkin et al. 2017.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset(("product", "add"))
-    uses: ClassVar[frozenset[str]] = frozenset()
+    kinds: ClassVar[frozenset[str]] = frozenset(("product", "add", "avg_pool", "reduce"))
+    uses: ClassVar[frozenset[str]] = frozenset(("inputs", "params"))
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        shares = []
-        for shape in layer.op.in_shapes:
-            axes = [i for i, (n, m) in enumerate(zip(shape, relevance.shape, strict=True)) if n != m]
-            shares.append(relevance.sum(axes, keepdims=True) / len(layer.op.in_shapes))
-        return tuple(shares)
+        if layer.op.kind in ("avg_pool", "reduce"):
+            weights, pull = jax.vjp(layer.apply, jnp.ones_like(layer.inputs[0]))
+            return pull(divide(relevance, weights))
+        count = len(layer.op.inputs)
+        _, pull = jax.vjp(lambda *xs: sum(jnp.broadcast_to(x, relevance.shape) for x in xs), *layer.inputs)
+        return pull(relevance / count)
 
 
 @rule
 class UniformEpsilon(Rule):
     """A matrix product O = A V of two data values: R_A = A * (S V^T), R_V = V * (A^T S), S = R / stab(2 O).
 
-    epsilon: float >= 0. Source: Achtibat et al. 2024, Prop. 3.3. Raises InputError for a negative epsilon.
+    Where only one operand carries data it gets all: S = R / stab(O). epsilon: float >= 0. Source: Achtibat et al.
+    2024, Prop. 3.3. Raises InputError for a negative epsilon.
     """
 
     epsilon: Any = 1e-9
@@ -43,7 +47,12 @@ class UniformEpsilon(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         _, pull = jax.vjp(layer.apply, *layer.inputs)
-        s = divide(relevance, stabilise(2 * layer.output, self.epsilon))
+        operands = sum(a in layer.op.inputs for a in leaves(layer.op.steps)[-1].inputs)
+        z = operands * layer.output
+        divisor = stabilise(z, self.epsilon)
+        s = divide(relevance, divisor)
+        layer.book("stabiliser", lambda: s * (divisor - z))
+        layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
         return tuple(x * g for x, g in zip(layer.inputs, pull(s), strict=True))
 
 

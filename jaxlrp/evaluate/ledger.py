@@ -1,0 +1,241 @@
+"""The ledger: where relevance went, Op by Op, from one backward pass.
+
+For every Op and every example
+
+    arrived + created = passed + bias + stabiliser + dropped + ended
+
+and over the whole program: start = arrived at the explained inputs + what all Ops kept - what they created. Each rule
+enters bias, stabiliser and dropped in the layer's books by its own formula; `created` is non-zero only for rules that
+are documented not to conserve. What the equation leaves open is `gap`: rounding, or a rule that keeps no books.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..assign import assign
+from ..attribute import Target, analyse, check_nan, start
+from ..composites import Composite
+from ..errors import InputError
+from ..interpret import Interpreter, Settings, lead, loops
+from ..program import Body
+from ..rules import Layer, Rule
+from ..trace import check_argnums
+
+COLUMNS = ("arrived", "passed", "bias", "stabiliser", "dropped", "created", "ended", "size")
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerRow:
+    """One Op (one iteration of it, in a scan). Every number is an array over the examples, float64.
+
+    arrived: sum of R_out. passed: sum of R_in. bias, stabiliser: what they absorbed. dropped: at zero denominators.
+    ended: at constants (padding, a token, a loop's start). created: by a rule that does not conserve. size: sum |R_out|.
+    """
+
+    name: str
+    kind: str
+    rule: str
+    arrived: np.ndarray
+    passed: np.ndarray
+    bias: np.ndarray
+    stabiliser: np.ndarray
+    dropped: np.ndarray
+    created: np.ndarray
+    ended: np.ndarray
+    size: np.ndarray
+
+    @property
+    def gap(self) -> np.ndarray:
+        """What the row leaves unexplained."""
+        kept = self.bias + self.stabiliser + self.dropped + self.ended
+        return self.arrived + self.created - self.passed - kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """Rows in program order; iterable, printable (means over the examples), `to_dict()` for JSON.
+
+    start: relevance at the explained output. received: relevance at the explained inputs. Arrays over the examples.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    start: np.ndarray
+    received: np.ndarray
+
+    def __iter__(self) -> Iterator[LedgerRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> LedgerRow:
+        return self.rows[i]
+
+    @property
+    def gap(self) -> np.ndarray:
+        """start - received - everything the Ops kept + everything they created: zero up to rounding."""
+        kept = sum(r.bias + r.stabiliser + r.dropped + r.ended - r.created for r in self.rows)
+        return self.start - self.received - kept
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings, ready for JSON."""
+        rows = [
+            {"name": r.name, "kind": r.kind, "rule": r.rule, **{c: getattr(r, c).tolist() for c in COLUMNS}}
+            for r in self.rows
+        ]
+        return {"start": self.start.tolist(), "received": self.received.tolist(), "rows": rows}
+
+    def __str__(self) -> str:
+        shown = COLUMNS[:-1]
+        table = [("name", "kind", "rule", *shown)]
+        for r in self.rows:
+            table.append((r.name, r.kind, r.rule, *(_cell(getattr(r, c)) for c in shown)))
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in table
+        ]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines.append(
+            f"start {self.start.mean():.6g} = received {self.received.mean():.6g} + kept "
+            f"{(self.start - self.received - self.gap).mean():.6g} + gap {self.gap.mean():.2g}   (means over examples)"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def _cell(values: np.ndarray) -> str:
+    mean = values.mean()
+    return f"{mean:.4g}" if mean else "."
+
+
+def conservation(
+    fun: Callable,
+    composite: Composite,
+    argnums: int | Sequence[int] = 0,
+    target: Target = None,
+    *,
+    batched: bool = True,
+    on_unknown: str = "error",
+) -> Callable:
+    """A function of `fun`'s arguments that returns the `Ledger` of one explanation, from one compiled pass.
+
+    Args: as `jaxlrp.lrp`, and
+      batched: the explained arguments have a leading axis of examples, and so do an array target and what `fun`
+        returns; the ledger then has one number per example. False: one ledger over everything.
+
+    Raises: as `jaxlrp.lrp`; InputError if explained arguments disagree on the number of examples.
+    """
+
+    @functools.wraps(fun, updated=())
+    def audited(*args: Any, **kwargs: Any) -> Ledger:
+        wanted = check_argnums(fun, argnums, len(args))
+        explained = [args[i] for i in wanted]
+        if batched:
+            _check_examples(explained)
+            # the program is that of one example, mapped over all of them
+            one = [jax.tree.map(lambda x: x[:1], a) if i in wanted else a for i, a in enumerate(args)]
+        else:
+            one = list(args)
+        traced, body = analyse(fun, tuple(one), kwargs, argnums)
+        check_nan(traced)
+        ops = list(body.ops())
+        rules, _ = assign(ops, composite, on_unknown)
+        titles, probes = _probes(body, rules)
+        settings = Settings({i: rules[i] for i in titles if i >= 0})
+        interpreter = Interpreter(body, _row)
+
+        def books(xs: list[Any], target: Target, arrays: list[Any]) -> tuple[Any, Any, Any]:
+            arrays = list(arrays)
+
+            def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
+                for i, x in zip(traced.explained, xs, strict=True):
+                    arrays[i] = x[None] if batched else x
+                outputs = interpreter(dataclasses.replace(settings, probes=probes), *arrays)
+                return jax.tree.unflatten(traced.out_tree, outputs)
+
+            value, pull = jax.vjp(forward, xs, probes)
+            begun = start(value, target)
+            received, rows = pull(begun)
+            return _sum(begun), _sum(received), rows
+
+        xs = jax.tree.leaves(explained)
+        mapped = target is not None and not callable(target) and jnp.ndim(target) == 1
+        axes = (0, 0 if mapped else None, None)
+        function = jax.vmap(books, in_axes=axes, out_axes=-1) if batched else books
+        traceable = target is None or not callable(target)
+        if traceable:
+            begun, received, rows = jax.jit(function)(xs, target, list(traced.arrays))
+        else:
+            run = jax.jit(lambda xs, arrays: function(xs, target, arrays))
+            begun, received, rows = run(xs, list(traced.arrays))
+        found = [row for i, title in titles.items() for row in _rows(title, np.asarray(rows[i], np.float64), batched)]
+        return Ledger(tuple(found), *(np.atleast_1d(np.asarray(a, np.float64)) for a in (begun, received)))
+
+    return audited
+
+
+def _probes(body: Body, rules: Sequence[Rule]) -> tuple[dict[int, tuple[str, str, str]], dict[int, jax.Array]]:
+    """A title and a dummy input for every Op that keeps books, and for every loop that starts from constants."""
+    lengths = lead(body)
+    titles: dict[int, tuple[str, str, str]] = {}
+    probes: dict[int, jax.Array] = {}
+    for i, (op, rule) in enumerate(zip(body.ops(), rules, strict=True)):
+        several = sum(len(e.outputs) for e in op.steps) > 1 and op.kind in ("structural", "unknown")
+        if op.kind != "blocked" and not several:
+            titles[i] = (op.name, op.kind, type(rule).__name__)
+            probes[i] = jnp.zeros((*lengths[op], len(COLUMNS)))
+    for k, loop in enumerate(loops(body.steps)):
+        if loop.constants:
+            titles[-1 - k] = (f"start of {loop.equation.primitive}", "constant", "")
+            probes[-1 - k] = jnp.zeros(len(loop.constants))
+    return titles, probes
+
+
+def _row(layer: Layer, rule: Rule, relevance: jax.Array, received: Sequence[jax.Array]) -> jax.Array:
+    """The report of one Op, in the order of COLUMNS."""
+    arrived, passed = relevance.sum(), _sum(received)
+    books = layer.books or {}
+    kept = [books.get(c, jnp.zeros((), arrived.dtype)) for c in ("bias", "stabiliser", "dropped")]
+    ended = books.get("ended", jnp.zeros((), arrived.dtype))
+    created = jnp.zeros((), arrived.dtype) if rule.conserves else passed + sum(kept) + ended - arrived
+    return jnp.stack([arrived, passed, *kept, created, ended, jnp.abs(relevance).sum()]).astype(jnp.zeros(()).dtype)
+
+
+def _rows(title: tuple[str, str, str], numbers: np.ndarray, batched: bool) -> list[LedgerRow]:
+    """One row, or one per iteration of the scans around it."""
+    if not batched:
+        numbers = numbers[..., None]
+    name, kind, rule = title
+    if kind == "constant":
+        arrived = numbers.sum(0)
+        zero = np.zeros_like(arrived)
+        return [LedgerRow(name, kind, rule, arrived, zero, zero, zero, zero, zero, arrived, np.abs(arrived))]
+    found = []
+    for index in np.ndindex(*numbers.shape[:-2]):
+        where = "".join(f"[{i}]" for i in index)
+        found.append(LedgerRow(name + where, kind, rule, *numbers[index]))
+    return found
+
+
+def _sum(tree: Any) -> jax.Array:
+    leaves = [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
+    return sum((x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum() for x in leaves), jnp.zeros(()))
+
+
+def _check_examples(explained: list[Any]) -> None:
+    counts = {jnp.shape(x)[:1] for x in jax.tree.leaves(explained)}
+    if len(counts) != 1 or () in counts:
+        raise InputError(
+            f"the explained arguments have the leading axes {sorted(counts)}: give all of them the same number of "
+            f"examples, or write batched=False"
+        )

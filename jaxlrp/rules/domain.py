@@ -1,0 +1,91 @@
+"""Rules for a first layer, by the domain of its input: unbounded, a box, or nothing known at all.
+
+Bias and padding play no part. With preprocessing that joined the layer, weights and bounds are those of the raw input.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import InputError
+from ..program import Op
+from .base import KERNEL, Layer, Rule, check_number, concrete, rule
+from .linear import negative, positive, share, total
+
+
+@rule
+class WSquare(Rule):
+    """LRP-w^2: R_j = sum_k w_jk^2 / (sum_i w_ik^2) R_k, for unbounded inputs; input and bias play no part.
+
+    Source: Montavon et al. 2017, eq. 12.
+    """
+
+    kinds: ClassVar[frozenset[str]] = KERNEL
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        # the weight seen from the raw input includes the preprocessing's factor
+        factor = layer.enter(jnp.ones_like(layer.inputs[0]))
+        terms = [(factor**2, layer.kernel**2)]
+        return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
+
+
+@rule
+class Flat(Rule):
+    """LRP-flat: every connected input gets the same share 1/n; padding gets none; input, weights, bias play no part.
+
+    Source: Lapuschkin et al. 2017.
+    """
+
+    kinds: ClassVar[frozenset[str]] = KERNEL
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        terms = [(layer.ones, jnp.ones_like(layer.kernel))]
+        return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
+
+
+@rule
+class ZBox(Rule):
+    """LRP-z^B, for inputs in a box: R_j = sum_k (a_j w_jk - l_j w+_jk - h_j w-_jk) / sum_i (same) R_k.
+
+    low <= 0 <= high usually, floats or arrays that broadcast to the input, in the units of the explained input
+    (preprocessing that joined the layer is accounted for). Source: Montavon et al. 2017, eq. 16. Raises InputError
+    where low > high, at assignment where a bound does not broadcast to the input.
+    """
+
+    low: Any
+    high: Any
+    kinds: ClassVar[frozenset[str]] = KERNEL
+
+    def __post_init__(self) -> None:
+        low, high = concrete(self.low), concrete(self.high)
+        check_number(self, "low")
+        check_number(self, "high")
+        if low is not None and high is not None and (low > high).any():
+            raise InputError(f"ZBox(low={self.low!r}, high={self.high!r}): low must not exceed high")
+
+    def check(self, op: Op) -> None:
+        shape = op.in_shapes[0]
+        for name in ("low", "high"):
+            bound = jnp.shape(getattr(self, name))
+            if not _broadcasts(bound, shape):
+                raise InputError(
+                    f"ZBox: {name} of shape {bound} does not broadcast to the input {shape} of {op.name} ({op.source})"
+                )
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        x, w = layer.inputs[0], layer.kernel
+        bounds = [layer.enter(jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)) for b in (self.low, self.high)]
+        # a negative preprocessing factor turns the box over
+        low, high = jnp.minimum(*bounds), jnp.maximum(*bounds)
+        terms = [(layer.active, w), (-low, positive(w)), (-high, negative(w))]
+        return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
+
+
+def _broadcasts(bound: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(bound) <= len(shape) and all(b in (1, n) for b, n in zip(bound[::-1], shape[::-1], strict=False))
+
+
+__all__ = ["Flat", "WSquare", "ZBox"]
