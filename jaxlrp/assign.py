@@ -25,14 +25,13 @@ class PlanRow:
     source: str
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {f.name: getattr(self.rule, f.name) for f in dataclasses.fields(self.rule)}  # type: ignore[arg-type]
         return {
             "name": self.name,
             "kind": self.kind,
             "in_shapes": [list(s) for s in self.in_shapes],
             "out_shape": list(self.out_shape),
             "rule": type(self.rule).__name__,
-            "numbers": {k: _plain(v) for k, v in fields.items()},
+            "numbers": {name: _plain(value) for name, value in _numbers(self.rule).items()},
             "base": self.base,
             "source": self.source,
         }
@@ -165,8 +164,14 @@ def _notes(ops: Sequence[Op]) -> tuple[str, ...]:
 
 
 def _show(rule: Rule) -> str:
+    return f"{type(rule).__name__}({', '.join(f'{k}={_number(v)}' for k, v in _numbers(rule).items())})"
+
+
+def _numbers(rule: Rule) -> dict[str, Any]:
+    """The rule's numbers, and those of its choices that are not the default ones."""
     fields = dataclasses.fields(rule)  # type: ignore[arg-type]
-    return f"{type(rule).__name__}({', '.join(f'{f.name}={_number(getattr(rule, f.name))}' for f in fields)})"
+    values = {f.name: (getattr(rule, f.name), f.default) for f in fields}
+    return {name: v for name, (v, default) in values.items() if not (isinstance(v, (str, bool)) and v == default)}
 
 
 def _number(value: Any) -> str:

@@ -97,9 +97,9 @@ def value_and_lrp(
         a pytree like it. A traced index out of range gives zero relevance.
       layers: a selector; the relevance that arrives at the output of each Op it selects is returned too, by the Op's
         name in the plan (in a scan with the iterations as leading axes), from the same pass.
-      masks: {Op's name: array that broadcasts to its output}; relevance arriving there is multiplied by it, so that only
-        the chosen channels or positions are followed (conditional relevance, Achtibat et al. 2023). Several conditions
-        at once: `jax.vmap` over the masks, which maps the backward pass alone.
+      masks: {Op's name: array that broadcasts to its output}; relevance arriving there is multiplied by it, so that
+        only the chosen channels or positions are followed (conditional relevance, Achtibat et al. 2023). Several
+        conditions at once: `jax.vmap` over the masks, which maps the backward pass alone.
 
     Returns relevance shaped like the explained argument, in its dtype; a tuple of them if `argnums` is a sequence.
 
@@ -185,7 +185,7 @@ def logits(fun: Callable) -> Callable:
         (end,) = ends
         block, skipped = traced.block, set(leaves(end.steps))
         env: dict[Atom, Any] = dict(zip(block.inputs, traced.arrays, strict=True))
-        env.update(block.constants)
+        env.update(block.constants.items())
         for e in block.equations:
             if e not in skipped:
                 values = [a.value if isinstance(a, Constant) else env[a] for a in e.inputs]

@@ -13,13 +13,17 @@ from typing import Any
 import jax
 
 from . import select
-from .errors import InputError, SelectorError
+from .errors import InputError
 from .program import Op
 from .rules import (
     AlphaBeta,
+    BetaSmooth,
+    DeconvNet,
     Epsilon,
     Flat,
     GeneralizedGamma,
+    Gradient,
+    GuidedBackprop,
     Pass,
     Rule,
     SoftmaxTaylor,
@@ -30,7 +34,7 @@ from .rules import (
     ZBox,
     ZPlus,
 )
-from .select import Selector, first, kind
+from .select import Selector, everything, first, kind
 
 Row = tuple[Selector, Rule]
 
@@ -159,7 +163,32 @@ def deep_taylor(domain: str = "unbounded", low: Any = None, high: Any = None) ->
     return Composite([(first("dense", "conv"), entrance), (kind("dense", "conv"), ZPlus())])
 
 
+def excitation_backprop() -> Composite:
+    """z+ for every dense and conv layer (Zhang et al. 2016)."""
+    return Composite([(kind("dense", "conv"), ZPlus())])
+
+
+def _gradient_with(relu: Rule) -> Composite:
+    return Composite([(kind("activation"), relu), (everything(), Gradient())])
+
+
+def guided_backprop() -> Composite:
+    """The gradient, its negative parts cut off at every ReLU (Springenberg et al. 2015); starts as lrp does."""
+    return _gradient_with(GuidedBackprop())
+
+
+def deconvnet() -> Composite:
+    """The gradient with ReLUs that only look at its sign (Zeiler and Fergus 2014); starts as lrp does."""
+    return _gradient_with(DeconvNet())
+
+
+def beta_smooth(beta: Any = 10.0) -> Composite:
+    """The gradient with softplus derivatives in place of the ReLUs' (Dombrowski et al. 2019); starts as lrp does."""
+    return _gradient_with(BetaSmooth(beta))
+
+
 __all__ = [
-    "Composite", "SelectorError", "base", "deep_taylor", "epsilon", "epsilon_alpha2_beta1",
-    "epsilon_alpha2_beta1_flat", "epsilon_gamma_box", "epsilon_plus", "epsilon_plus_flat",
+    "Composite", "base", "beta_smooth", "deconvnet", "deep_taylor", "epsilon", "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat", "epsilon_gamma_box", "epsilon_plus", "epsilon_plus_flat", "excitation_backprop",
+    "guided_backprop",
 ]  # fmt: skip

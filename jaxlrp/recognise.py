@@ -72,7 +72,7 @@ def _claim_scales(graph: Graph) -> None:
 
 
 def _claim_single(graph: Graph, e: Equation) -> None:
-    if not graph.data(e):
+    if not graph.data(e) or not e.outputs:  # what has no output (a debug print) is run as it stands
         return
     kind, label, several = kind_of(e.primitive), str(e.primitive), len(graph.data(e)) > 1
     equations = [e]

@@ -123,7 +123,10 @@ def _long(atom: Atom) -> list[int]:
 def _zero_pad(graph: Graph, e: Equation) -> bool:
     """Whether a pad fills with the literal 0, cast or not."""
     value = e.inputs[1]
-    while isinstance(value, Value) and (cast := graph.producer.get(value)) is not None and cast.primitive in _SAME_SHAPE:
+    while isinstance(value, Value):
+        cast = graph.producer.get(value)
+        if cast is None or cast.primitive not in _SAME_SHAPE:
+            return False
         value = cast.inputs[0]
     return isinstance(value, Constant) and not np.any(np.asarray(value.value))
 

@@ -30,7 +30,7 @@ LOCAL = {
 }
 
 
-SOME = tuple(LOCAL[name] for name in ("epsilon", "zplus", "alpha-beta"))
+SOME = tuple(LOCAL[name] for name in ("epsilon", "alpha-beta"))
 
 
 def explained(f, *args, rows=SOME, argnums=0, target=None):

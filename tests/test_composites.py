@@ -151,11 +151,6 @@ def test_composites_that_change_the_relu(name):
     close(got, R)
 
 
-@pytest.mark.parametrize("name", ["attnlrp", "cp_lrp"])
-def test_composites_for_transformers_exist(name):
-    assert isinstance(getattr(composites, name)(), Composite)
-
-
 def test_base():
     """What serves every composite where its own rows leave a layer open."""
 
@@ -595,8 +590,8 @@ def test_plan_shows_rules_of_the_user():
             return (self.factor * relevance,)
 
     got = plan(lambda x, w: x @ w, Composite([(kind("dense"), Damped(0.25))]))(np.zeros(3), np.ones((3, 3)))
-    assert "Damped(factor=0.25, mode=soft)" in str(got)
-    assert got.to_dict()["rows"][0]["numbers"] == {"factor": 0.25, "mode": "soft"}
+    assert "Damped(factor=0.25)" in str(got)
+    assert got.to_dict()["rows"][0]["numbers"] == {"factor": 0.25}  # the choice is the default one
 
 
 def test_plan_does_not_change():

@@ -27,7 +27,7 @@ MLP = partial(nets.mlp, nets.mlp_parameters(4, 6, 3))
 
 
 @pytest.fixture
-def optimised(quick_compilation) -> Iterator[None]:
+def optimised() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -110,6 +110,41 @@ def test_value_of_cnn(optimised):
 def test_value_of_flax_resnet(optimised):
     model, (x,) = nets.ResNet(), single(draw(6, 2, 8, 8, 3))
     check_value(lambda x, variables: model.apply(variables, x), x, variables_of(model, x))
+
+
+def attention(x):
+    """Two batches, three positions, two heads of two features; all three operands are data."""
+    heads = jnp.stack([x, -x]).reshape(2, 3, 2, 2)
+    return jax.nn.dot_product_attention(heads, jnp.tanh(heads), heads**2)
+
+
+PROGRAMS = {
+    "attention": attention,
+    "cumsum": lambda x: jnp.cumsum(x @ W, 1),
+    "derivative": lambda x: jax.grad(lambda x: (jax.nn.relu(x @ W) ** 2).sum())(x),
+    "dropout": lambda x: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), 2 * x, 0) @ W,
+    "dynamic slice": lambda x: lax.dynamic_slice(x, (np.argmax(B) % 2, 0), (2, 3)) @ W[:3],
+    "dynamic update": lambda x: lax.dynamic_update_slice(jnp.ones((5, 4)), x, (1, 0)) @ W,
+    "einsum of three": lambda x: jnp.einsum("ni,ij,nk->jk", x, W, x),
+    "gather": lambda x: x[:, jnp.asarray([2, 0, 2])] @ W[:3],
+    "logsumexp": lambda x: jax.nn.logsumexp(x @ W, 1),
+    "resize": lambda x: jax.image.resize(x, (6, 5), "bilinear") @ jnp.ones((5, 2)),
+    "roll and pad": lambda x: jnp.pad(jnp.roll(x, 1, 1), ((1, 0), (0, 1)), constant_values=2.0) @ draw(21, 5, 2),
+    "statistics": lambda x: (x - x.mean(1, keepdims=True)) / jnp.sqrt(x.var(1, keepdims=True) + 0.1) @ W,
+    "straight-through": lambda x: (x + lax.stop_gradient(jnp.round(x) - x)) @ W,
+    "vmap": lambda x: jax.vmap(lambda x: jax.nn.relu(W.T @ x))(x),
+    "while among parameters": lambda x: x @ lax.while_loop(lambda w: (w**2).sum() > 1, lambda w: w / 2, W),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("f", PROGRAMS.values(), ids=PROGRAMS)
+def test_value_of_program(f):
+    """What people write: the value stays, and relevance is of the value's magnitude."""
+    right = f(X)
+    same(rewrite(f, EPSILON)(X), right)
+    value, relevance = jax.jit(value_and_lrp(f, EPSILON))(X)
+    close(value, right)
+    assert 0 < abs(relevance).sum() < 100 * abs(right).sum()
 
 
 def test_value_of_layer_across_jit_boundary():
@@ -197,9 +232,72 @@ def test_wrapped_without_jit(name):
 plain_cnn = cache(lambda: explained(nets.cnn, nets.cnn_parameters(), draw(5, 2, 4, 4, 2), argnums=1))
 
 
+def test_wrappers_are_applied_again():
+    """What a person wraps for memory or compile time stays wrapped: the name, and remat's policy."""
+    policy = policies.save_only_these_names("hidden")
+
+    @jax.jit
+    @partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def mine(x):
+        return jnp.tanh(jax.nn.relu(x @ W) @ W.T)
+
+    (outer,) = jax.make_jaxpr(rewrite(lambda x: mine(x), EPSILON))(X).eqns
+    (inner,) = outer.params["jaxpr"].eqns
+    assert outer.params["name"] == "mine"
+    assert inner.params["policy"] is policy and inner.params["prevent_cse"] is False
+
+
 @pytest.mark.parametrize("wrap", [custom_vjp, lambda f: jax.jit(jax.checkpoint(f))], ids=["custom-vjp", "jit-remat"])
 def test_wrapped_cnn(wrap):
     close(explained(wrap(nets.cnn), nets.cnn_parameters(), draw(5, 2, 4, 4, 2), argnums=1), plain_cnn())
+
+
+CLOSED_OVER = {
+    "dense": lambda x: x @ W,
+    "weights left": lambda x: W.T @ x.T,
+    "numpy weights": lambda x: x @ np.asarray(W),
+    "scaled weights": lambda x: x @ (2 * W),
+    "bias": lambda x: x @ W + B,
+    "scale": lambda x: x * B[:4],
+    "transpose": lambda x: x.T,
+    "reshape": lambda x: x.reshape(2, 6),
+    "cast": lambda x: x.astype(np.float32),
+    "negative": lambda x: -x,
+    "sum": lambda x: x.sum(0),
+    "products": lambda x: x @ x.T,
+    "shifted activation": lambda x: jnp.tanh(2 - x),
+}
+
+
+@pytest.mark.parametrize("f", CLOSED_OVER.values(), ids=CLOSED_OVER)
+def test_wrapped_single_layer(f):
+    """One layer alone in a wrapper, its weights closed over; and the derivative of a custom_vjp never counts."""
+    wrappers = (jax.jit, jax.checkpoint, custom_jvp, custom_vjp)
+    right, *got = jax.jit(lambda x: [lrp(g, nets.SOME[-1])(x) for g in (f, *(wrap(f) for wrap in wrappers))])(X)
+    for relevance, wrap in zip(got, wrappers, strict=True):
+        close({wrap.__name__: relevance}, {wrap.__name__: right})
+
+
+def test_wrapper_with_more_than_is_used():
+    """Arguments that nothing reads, results that nobody takes: in a wrapper, and in a wrapper within."""
+
+    def f(wrap, x):
+        inner = wrap(lambda x, w: (-x, jnp.argmax(x), x @ w))
+        outer = wrap(lambda x, w: (inner(x + x.sum(), W)[0], jnp.sin(x), inner(x, W)))
+        return outer(jnp.tanh(x), W)[0]
+
+    right = explained(partial(f, lambda f: f), X)
+    for wrap in (jax.jit, jax.checkpoint):
+        close(explained(partial(f, wrap), X), right)
+
+
+def test_wrapper_that_hands_its_argument_on():
+    """One of its results is what it was given, which somebody else made."""
+    layers = (lambda x: jax.nn.gelu(x), lambda x: x @ W, lambda x: jnp.tanh(x @ W + B), lambda x: x.T)
+    for layer in layers:
+        right = explained(lambda x, f=layer: f(jnp.sin(x)), X)
+        for wrap in (jax.jit, jax.checkpoint):
+            close(explained(lambda x, f=layer, wrap=wrap: wrap(lambda x: (x, f(x)))(jnp.sin(x))[1], X), right)
 
 
 def test_custom_vjp_with_static_argument():
@@ -246,6 +344,17 @@ def by_switch(parameters, x):
     return lax.scan(lambda x, i: (lax.switch(i, branches, x), None), x, jnp.arange(len(branches)))[0]
 
 
+def by_while(parameters, x):
+    """Its length depends on constants only."""
+    stacked, count = stack(parameters), len(parameters)
+
+    def step(carry):
+        i, x = carry
+        return i + 1, nets.layer(x, jax.tree.map(lambda v: v[i], stacked))
+
+    return lax.while_loop(lambda carry: carry[0] < count, step, (0, x))[1]
+
+
 LOOPS = {
     "scan": lambda ps, x: lax.scan(body, x, stack(ps))[0],
     "scan-reversed": lambda ps, x: lax.scan(body, x, stack(ps[::-1]), reverse=True)[0],
@@ -261,6 +370,10 @@ LOOPS = {
     "scan-of-switch": by_switch,
     "fori_loop": by_fori,
     "jit-fori_loop": jax.jit(by_fori),
+    "fori_loop-of-arrays": lambda ps, x: lax.fori_loop(
+        jnp.asarray(0), jnp.asarray(len(ps)), lambda i, x: nets.layer(x, jax.tree.map(lambda v: v[i], stack(ps))), x
+    ),
+    "while_loop": by_while,
 }
 
 
@@ -323,6 +436,26 @@ def test_map_equals_batch():
     close(explained(lambda x: lax.map(MLP, x, batch_size=2), X), right)  # 3 examples: a batch and a rest
 
 
+ROWS = {
+    "dense": lambda x: x @ W[:3] + B,
+    "weights left": lambda x: W[:3].T @ x,
+    "softmax": jax.nn.softmax,
+    "log_softmax": jax.nn.log_softmax,
+    "products": lambda x: x[:, None] * x,
+    "maximum": lambda x: x.max(keepdims=True),
+    "convolution": lambda x: lax.conv(x[None, None], B[None, None, :3], (1,), "SAME")[0, 0],
+}
+
+
+@pytest.mark.parametrize("f", ROWS.values(), ids=ROWS)
+def test_vmap_in_the_network_equals_a_python_loop(f):
+    """Over columns, so that the batch axis is not in front."""
+    R = draw(22, *jax.vmap(f, 1)(X).shape)
+    batched, looped = lambda x: jax.vmap(f, 1)(x), lambda x: jnp.concatenate([f(x[:, i])[None] for i in range(4)])
+    got, right = (explained(g, X, target=lambda y: R) for g in (batched, looped))
+    close(got, right, 1e-7)
+
+
 BRANCHES = (
     lambda x: jax.nn.relu(x @ W),
     lambda x: jnp.concatenate([x, x[:, :1]], 1) * B,
@@ -341,7 +474,7 @@ def test_cond_takes_its_branch(chosen):
 
 def test_switch_takes_its_branch():
     f = jax.jit(lrp(lambda x, i: lax.switch(i, BRANCHES, x), EPSILON))
-    right = [lrp(branch, EPSILON)(X) for branch in BRANCHES]
+    right = jax.jit(lambda x: [lrp(branch, EPSILON)(x) for branch in BRANCHES])(X)
     for i, r in enumerate(right):
         close(f(X, jnp.asarray(i)), r)
     close(jax.vmap(f, (None, 0))(X, jnp.arange(3)), jnp.stack(right))
@@ -430,7 +563,7 @@ MIXED = [mixed(-3.0, 0.1, 0.5), mixed(-4.0, 0.2, 0.1), mixed(-5.0, 1.0, 0.01)]
 
 def test_vmap_over_stacked_composite():
     stacked = jax.tree.map(lambda *numbers: jnp.stack(numbers), *MIXED)
-    right = jnp.stack([lrp(DEEP, c)(X) for c in MIXED])
+    right = jax.jit(lambda cs, x: jnp.stack([lrp(DEEP, c)(x) for c in cs]))(MIXED, X)
     close(jax.vmap(lambda c: lrp(DEEP, c)(X))(stacked), right)
     pairs = jax.jit(jax.vmap(lambda c, x: lrp(DEEP, c)(x)))(stacked, X)
     close(pairs, jnp.stack([right[i, i] for i in range(3)]))
@@ -630,8 +763,8 @@ class Trained(nn.Module):
 def test_flax_module_with_train_argument():
     variables = variables_of(Trained(), X)
     explain = lrp(Trained().apply, EPSILON, argnums=1)
-    close(explain(variables, X, False), explain(variables, X))
-    close(explain(variables, X, train=False), explain(variables, X))
+    right, *got = jax.jit(lambda v, x: (explain(v, x), explain(v, x, False), explain(v, x, train=False)))(variables, X)
+    close(got, [right, right])
 
     def training(x, key):
         """The batch's own statistics, and new ones as a second output."""
@@ -670,6 +803,15 @@ def test_half_precision(dtype, tolerance):
         relevance = [r for _, r in explain(parameters, x)]
         assert {r.dtype for r in relevance} == {np.dtype(dtype)} and right[0].dtype == np.float32
         close(relevance, right, tolerance)
+
+
+@HALVES
+def test_rules_compute_in_float32(dtype, tolerance):
+    """What float32 gives for these numbers, rounded once; a sum of 64 in half precision is further off."""
+    x, w, R = draw(23, 64).astype(dtype), draw(24, 64, 8).astype(dtype), jnp.abs(draw(25, 8)).astype(dtype)
+    explain = lrp(lambda x, w: x @ w, LOCAL["zplus"], target=lambda y: R)
+    full = explain(x.astype(np.float32), w.astype(np.float32))
+    np.testing.assert_array_equal(explain(x, w), full.astype(dtype))
 
 
 def test_half_precision_of_flax_resnet():

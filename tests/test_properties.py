@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax import lax
 
 import nets
-from jaxlrp import Composite, gradients, lrp, rewrite, rules, select
+from jaxlrp import Composite, gradients, lrp, rewrite, rules, select, value_and_lrp
 from nets import LOCAL, close, draw, linear, quick_compilation  # noqa: F401
 
 bounded = partial(settings, deadline=None, derandomize=True, database=None)
+# a program takes a second to compile, which is too long for hundreds of smaller ones that fail as well
+compiling = partial(bounded, phases=[Phase.generate], report_multiple_bugs=False)
 seeds = st.integers(0, 2**16)
 ZERO = LOCAL["zero"] + Composite([(select.kind("add", "avg_pool"), rules.Zero())])
 
@@ -74,23 +76,23 @@ def positive(y):
     return jnp.maximum(y, 0)
 
 
-@bounded(max_examples=8)
+@compiling(max_examples=6)
 @given(networks(["conv relu", "residual relu", "max", "avg"], bias=False))
 def test_conservation(drawn):
     """What starts at the logits arrives at the input, where no bias absorbs any of it."""
     f, x, parameters = drawn
     names = ("zero", "zplus", "gamma")
     for dtype, tolerance in ((np.float64, 1e-8), (np.float32, 1e-4)):
-        args = jax.tree.map(lambda v, dtype=dtype: jnp.asarray(v, dtype), (x, parameters))
-        results = nets.explained(f, *args, rows=[LOCAL[name] for name in names], target=positive)
+        args = jax.tree.map(lambda v, dtype=dtype: v.astype(dtype), (x, parameters))
+        results = jax.device_get(nets.explained(f, *args, rows=[LOCAL[name] for name in names], target=positive))
         assume(np.any(results[0][0] > 0))
         for name, (value, relevance) in zip(names, results, strict=True):
-            lost = abs(positive(value).sum() - relevance.sum())
+            lost = abs(np.maximum(value, 0).sum() - relevance.sum())
             assert lost <= tolerance * abs(relevance).sum(), (name, dtype)
             assert abs(relevance).sum() > 0, (name, dtype)
 
 
-@bounded(max_examples=10)
+@compiling(max_examples=8)
 @given(networks(["conv relu", "conv leaky", "conv abs", "residual relu", "max", "avg"], bias=True))
 def test_zero_is_gradient_x_input(drawn):
     """On piecewise linear networks, with biases too."""
@@ -109,7 +111,7 @@ def test_bias_absorbs():
     assert abs(relevance.sum() - value.sum()) > 0.1 * abs(relevance).sum()
 
 
-@bounded(max_examples=4)
+@compiling(max_examples=3)
 @given(networks(["conv relu", "residual leaky", "max", "avg"], bias=True), seeds)
 def test_relevance_is_linear_and_examples_are_independent(drawn, seed):
     f, x, parameters = drawn
@@ -126,6 +128,91 @@ def test_relevance_is_linear_and_examples_are_independent(drawn, seed):
         first, second, both = result
         close(both, 3 * first - second, 1e-9)
         close(other[:, 0], result[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------------- wrappers
+
+PIECES = {
+    "dense": lambda x, p: x @ p["w"],
+    "weights left": lambda x, p: p["w"] @ x,
+    "bias": lambda x, p: x + p["b"],
+    "scale": lambda x, p: x * p["g"],
+    "norm": lambda x, p: (x - p["b"]) * lax.rsqrt(p["g"] ** 2 + 0.1) * p["g"],
+    "layer norm": lambda x, p: (x - x.mean(1, keepdims=True)) * lax.rsqrt(x.var(1, keepdims=True) + 0.1),
+    "relu": lambda x, p: jax.nn.relu(x),
+    "softplus": lambda x, p: jax.nn.softplus(x),
+    "gelu": lambda x, p: jax.nn.gelu(x),
+    "square": lambda x, p: x**2,
+    "negative": lambda x, p: -x,
+    "residual": lambda x, p: x + jnp.tanh(x @ p["w"]),
+    "gate": lambda x, p: x * jax.nn.sigmoid(x @ p["w"]),
+    "attention": lambda x, p: jax.nn.softmax(x @ x.T) @ x,
+    "transpose": lambda x, p: x.T,
+    "halves": lambda x, p: jnp.concatenate([x[:2] @ p["w"], x[2:]]),
+    "sum": lambda x, p: x + x.sum(1, keepdims=True),
+    "loop": lambda x, p: lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ p["w"] + p["b"]), x),
+    "cond": lambda x, p: lax.cond(p["b"][0] > 0, lambda x: x @ p["w"], jnp.tanh, x),
+}
+
+
+def custom_vjp(f):
+    """With a derivative that is wrong: relevance does not look at it."""
+    wrapped = jax.custom_vjp(f)
+    wrapped.defvjp(lambda *args: (f(*args), args), lambda args, g: jax.tree.map(jnp.zeros_like, args))
+    return wrapped
+
+
+WRAPPERS = {
+    "none": lambda f: f,
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "custom_vjp": custom_vjp,
+    "jit remat": lambda f: jax.jit(jax.checkpoint(f)),
+    "remat jit": lambda f: jax.checkpoint(jax.jit(f)),
+    "jit with more results": lambda f: lambda *args: jax.jit(lambda *args: (args, f(*args), args[0] * 2))(*args)[1],
+}
+
+# (the pieces in a wrapper, the wrapper, whether the parameters are closed over)
+segments = st.tuples(
+    st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=2), st.sampled_from(sorted(WRAPPERS)), st.booleans()
+)
+
+
+@compiling(max_examples=20)
+@given(st.lists(segments, min_size=1, max_size=3), st.sampled_from(sorted(WRAPPERS)), seeds)
+def test_wrappers_change_nothing(chosen, outer, seed):
+    rng = np.random.default_rng(seed)
+    parameters = [
+        [{"w": 0.6 * rng.normal(size=(4, 4)), "b": rng.normal(size=4), "g": rng.normal(size=4)} for _ in names]
+        for names, _, _ in chosen
+    ]
+
+    def segment(names):
+        def apply(x, ps):
+            for name, p in zip(names, ps, strict=True):
+                x = PIECES[name](x, p)
+            return x
+
+        return apply
+
+    def plain(x):
+        for (names, _, _), ps in zip(chosen, parameters, strict=True):
+            x = segment(names)(x, ps)
+        return x
+
+    def inner(x):
+        for (names, wrapper, closed), ps in zip(chosen, parameters, strict=True):
+            f = segment(names)
+            x = WRAPPERS[wrapper](partial(f, ps=ps))(x) if closed else WRAPPERS[wrapper](f)(x, ps)
+        return x
+
+    x, R = rng.normal(size=(2, 4, 4))
+    row = LOCAL["alpha-beta"]
+    both = jax.jit(lambda x: [value_and_lrp(f, row, target=lambda y: R)(x) for f in (plain, WRAPPERS[outer](inner))])
+    (value, right), (wrapped, relevance) = both(x)
+    assume(np.any(value) and 1e-6 < abs(right).max() < 1e6)
+    close(wrapped, value)
+    close(relevance, right, 1e-8)
 
 
 # ---------------------------------------------------------------------------------------------------- one layer

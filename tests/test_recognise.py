@@ -280,6 +280,18 @@ def conv_batch_norm_relu(x, p):
     return jax.nn.relu(batch_norm(conv(x, p["stem"]["kernel"]), p["norm"]))
 
 
+@net(CONV, ACT, CONV, ACT)
+def batch_norm_and_relu_in_a_jit_of_their_own(x, p):
+    tail = jax.jit(lambda x, norm: jax.nn.relu(batch_norm(x, norm)))
+    return tail(layer(tail(layer(x, p["stem"]), p["norm"]), p["block"]), p["norm"])
+
+
+@net(CONV, ACT, CONV, ACT)
+def scalars_and_relu_in_a_jit_of_their_own(x, p):
+    tail = jax.jit(lambda x: jax.nn.relu(2 * x - 1))
+    return tail(layer(tail(layer(x, p["stem"])), p["block"]))
+
+
 @net(CONV, ACT, DENSE)
 def conv_relu_reshape_dense(x, p):
     x = jax.nn.relu(layer(x, p["stem"]))
@@ -435,6 +447,13 @@ def residual_block(x, p):
 def residual_block_with_a_factor(x, p):
     y = jax.nn.relu(layer(x, p["stem"]))
     return y + 0.1 * layer(y, p["block"])
+
+
+@net(CONV, ACT, SCALE, SCALE, ADD)
+def sum_of_multiples(x, p):
+    """Paths that part and meet again, but bend nowhere, are no activation."""
+    y = jax.nn.relu(layer(x, p["stem"]))
+    return 2 * y + 3 * y
 
 
 # pooling

@@ -37,7 +37,7 @@ class LedgerRow:
     """One Op (one iteration of it, in a scan). Every number is an array over the examples, float64.
 
     arrived: sum of R_out. passed: sum of R_in. bias, stabiliser: what they absorbed. dropped: at zero denominators.
-    ended: at constants (padding, a token, a loop's start). created: by a rule that does not conserve. size: sum |R_out|.
+    ended: at constants (padding, a token, a loop's start). created: by a rule that does not conserve. size: of |R_out|.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Ledger:
 
     def __str__(self) -> str:
         shown = COLUMNS[:-1]
-        table = [("name", "kind", "rule", *shown)]
+        table: list[tuple[str, ...]] = [("name", "kind", "rule", *shown)]
         for r in self.rows:
             table.append((r.name, r.kind, r.rule, *(_cell(getattr(r, c)) for c in shown)))
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

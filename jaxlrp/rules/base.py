@@ -11,7 +11,7 @@ with `jax.grad`), its choices (annotated `str` or `bool`) are static.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
@@ -33,12 +33,28 @@ KERNEL = frozenset(("dense", "conv"))
 
 @dataclass_transform(frozen_default=True)
 def rule(cls: T) -> T:
-    """Makes a class a frozen dataclass and a pytree: fields annotated `str` or `bool` are static, all others leaves."""
+    """Makes a class a frozen dataclass and a pytree: fields annotated `str` or `bool` are static, all others leaves.
+
+    A tree made by JAX may hold anything in the numbers' places (gradients, tracers, placeholders), so rebuilding one
+    skips `__post_init__`: numbers are checked where a person writes them.
+    """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(made)
     static = [f.name for f in fields if f.type in (str, bool, "str", "bool")]
     leaves = [f.name for f in fields if f.name not in static]
-    return cast(T, jax.tree_util.register_dataclass(made, leaves, static))
+
+    def flatten(rule: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        keyed = [(jax.tree_util.GetAttrKey(n), getattr(rule, n)) for n in leaves]
+        return keyed, tuple(getattr(rule, n) for n in static)
+
+    def unflatten(choices: tuple[Any, ...], numbers: Iterable[Any]) -> Any:
+        new = object.__new__(made)
+        for name, value in (*zip(leaves, numbers, strict=True), *zip(static, choices, strict=True)):
+            object.__setattr__(new, name, value)
+        return new
+
+    jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
+    return cast(T, made)
 
 
 class Rule:
@@ -78,7 +94,7 @@ class Rule:
 
 
 def concrete(number: Any) -> np.ndarray | None:
-    """A rule's number as NumPy array where it can be checked: not a tracer, nor a placeholder of a pytree."""
+    """A rule's number as NumPy array where it can be checked: not a tracer."""
     if isinstance(number, jax.core.Tracer) or not isinstance(number, (int, float, np.ndarray, np.generic, jax.Array)):
         return None
     return np.asarray(number)

@@ -80,6 +80,7 @@ class AbsoluteShare(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         sizes = [jnp.abs(x) for x in layer.inputs]
+        z: jax.Array
         z, pull = jax.vjp(lambda *xs: sum(jnp.broadcast_to(x, relevance.shape) for x in xs), *sizes)
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
         return tuple(x * g for x, g in zip(sizes, pull(divide(relevance, z)), strict=True))
@@ -94,7 +95,8 @@ def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:
         return flat.reshape(-1, *flat.shape[len(axes) :])
     size, stride, dilation = (e.params[k] for k in ("window_dimensions", "window_strides", "window_dilation"))
     edge = fill if fill is not None else (np.inf if e.primitive in _MINIMA else -np.inf)
-    pads = [(low, high, base - 1) for (low, high), base in zip(e.params["padding"], e.params["base_dilation"], strict=True)]
+    edges = zip(e.params["padding"], e.params["base_dilation"], strict=True)
+    pads = [(low, high, base - 1) for (low, high), base in edges]
     padded = jax.lax.pad(x, jnp.asarray(edge, x.dtype), pads)
     shape = e.outputs[0].aval.shape
     taken = []
