@@ -138,7 +138,7 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
         )
     raise UnknownPrimitiveError(
         f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which has no kind. If it acts element by "
-        f'element, write jaxlrp.kinds.register({op.primitive}_p, "activation"); if it moves elements, "structural"; '
+        f'element, write jaxlrp.kinds.register({op.primitive.replace("-", "_")}_p, "activation"); if it moves elements, "structural"; '
         f'if it is linear, "reduce". To let the plain gradient through instead, pass on_unknown="gradient".'
     )
 

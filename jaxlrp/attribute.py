@@ -19,7 +19,7 @@ from .interpret import Interpreter, Settings, lead
 from .places import place
 from .program import Atom, Body, Constant, Op, leaves
 from .recognise import recognise
-from .rules import Gradient, Rule
+from .rules import Gradient, Rule, broadcasts
 from .select import Selector
 from .trace import Traced, trace
 
@@ -212,8 +212,7 @@ def _masked(ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, Any]:
         if name not in names:
             raise SelectorError(f"masks: there is no layer {name!r}; the plan names: {', '.join(names)}")
         shape = ops[names[name]].out_shape
-        fits = len(jnp.shape(mask)) <= len(shape) and jnp.broadcast_shapes(jnp.shape(mask), shape) == shape
-        if not fits:
+        if not broadcasts(jnp.shape(mask), shape):
             raise InputError(f"masks[{name!r}] of shape {jnp.shape(mask)} does not broadcast to the output {shape}")
         found[names[name]] = mask
     return found
@@ -230,11 +229,12 @@ def start(value: Any, target: Target) -> Any:
         return jax.tree.map(_own_value, value)
     if callable(target):
         return _called(value, target)
-    return jax.tree.map(lambda y: y * _chosen(y, target), _single(value, target))
+    return jax.tree.map(lambda y: jnp.where(_chosen(y, target) > 0, y, 0), _single(value, target))
 
 
 def _own_value(y: jax.Array) -> Any:
-    return y if jnp.issubdtype(y.dtype, jnp.inexact) else np.zeros(y.shape, jax.dtypes.float0)
+    inexact = jnp.issubdtype(jnp.result_type(y), jnp.inexact)
+    return y if inexact else np.zeros(jnp.shape(y), jax.dtypes.float0)
 
 
 def _single(value: Any, target: Target) -> jax.Array:

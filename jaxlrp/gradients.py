@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from .attribute import Target, start
-from .trace import check_argnums
+from .trace import check_argnums, explainable
 
 
 def _gradient(fun: Callable, argnums: int | Sequence[int], target: Target, args: tuple, kwargs: dict[str, Any]) -> Any:
     wanted = check_argnums(fun, argnums, len(args))
+    for i in wanted:
+        for leaf in jax.tree.leaves(args[i]):
+            explainable(leaf, "of a gradient", i)
 
     def forward(*chosen: Any) -> Any:
         full = list(args)

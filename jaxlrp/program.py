@@ -176,7 +176,7 @@ class Op:
 
     @property
     def primitive(self) -> str:
-        return str((self.linear.core if self.linear else self.steps[-1]).primitive)
+        return str((self.linear.core if self.linear else leaves(self.steps)[-1]).primitive)
 
     @property
     def in_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -117,7 +117,7 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
             continue
         owners = {graph.claims.get(e) for e in live}
         loops = any(e.bodies and graph.carries(e) for e in live)
-        whole = not isinstance(node, Wrapper) or all(graph.known(v) for v in node.values)
+        whole = not isinstance(node, Wrapper) or (_closes(node) and all(graph.known(v) for v in node.values))
         if len(owners) == 1 and not loops and whole:
             (owner,) = owners
             if owner is None:
@@ -138,6 +138,12 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
     return steps
 
 
+def _closes(node: Equation) -> bool:
+    """Whether nothing in a wrapper has a derivative of the user's making, which relevance must not follow."""
+    custom = node.primitive in (p.custom_jvp_call_p, p.custom_vjp_call_p)
+    return not custom and (not isinstance(node, Wrapper) or all(map(_closes, node.children)))
+
+
 def _constant_carries(graph: Graph, e: Equation) -> tuple[int, ...]:
     if e.primitive is not p.scan_p:
         return ()
@@ -148,10 +154,25 @@ def _constant_carries(graph: Graph, e: Equation) -> tuple[int, ...]:
 
 
 def _group(graph: Graph, node: Wrapper, inside: set[Equation], steps: list[Step]) -> Group:
-    made = {v for e in inside for v in e.outputs if isinstance(v, Value)}
-    inputs = dict.fromkeys(v for e in inside for v in e.values if v not in made)
+    made = {v for e in inside for v in e.outputs}
+    inputs = dict.fromkeys(v for e in (*inside, *_nodes(steps)) for v in e.values if v not in made)
     outputs = [v for v in made if v in graph.results or any(r not in inside for r in graph.readers.get(v, []))]
     return Group(node, tuple(steps), tuple(inputs), tuple(outputs))
+
+
+def _nodes(steps: Sequence[Step]) -> list[Equation]:
+    """The equations that these steps evaluate as they stand."""
+    found: list[Equation] = []
+    for s in steps:
+        if isinstance(s, Op):
+            found += s.steps
+        elif isinstance(s, Group):
+            found += _nodes(s.steps)
+        elif isinstance(s, Loop):
+            found.append(s.equation)
+        else:
+            found.append(s)
+    return found
 
 
 def _source(graph: Graph, e: Equation) -> str:
@@ -161,8 +182,9 @@ def _source(graph: Graph, e: Equation) -> str:
 
 
 def _op(graph: Graph, draft: Draft, steps: tuple[Equation, ...]) -> Op:
-    made = {v for e in steps for v in e.outputs if isinstance(v, Value) and v in graph.producer}
-    read = dict.fromkeys(v for e in steps for v in e.values if v not in made)
+    made = {v for e in leaves(steps) for v in e.outputs}
+    # a wrapper also reads what its body leaves unused; its body also reads constants
+    read = dict.fromkeys(v for e in (*steps, *draft.equations) for v in e.values if v not in made)
     inputs = tuple(v for v in read if graph.fact(v).data)
     params = tuple(v for v in read if not graph.fact(v).data)
     kernel = [draft.linear.core.inputs[1 - draft.linear.slot]] if draft.linear else []

@@ -52,7 +52,10 @@ def check_argnums(fun: Callable, argnums: int | Sequence[int], count: int) -> tu
                 f"argnums={argnums!r} does not exist: {name} was called with {count} positional argument(s); "
                 f"write an integer from 0 to {count - 1} (the explained argument must be passed by position)"
             )
-    return tuple(i % count for i in wanted)
+    places = tuple(i % count for i in wanted)
+    if len(set(places)) != len(places):
+        raise InputError(f"argnums={argnums!r} names an argument twice; write each once")
+    return places
 
 
 def _names(fun: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
@@ -93,7 +96,7 @@ def trace(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Seq
         if owner in wanted:
             explained.append(len(dynamic))
             dynamic.append(i)
-            leaves[i] = _explainable(leaf, names[i], owner)
+            leaves[i] = explainable(leaf, names[i], owner)
         elif _is_array(leaf):
             dynamic.append(i)
             if argnums is None and jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -120,7 +123,9 @@ def trace(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Seq
     return Traced(block, facts, tuple(order), explained_tree, jax.tree.structure(out), arrays)
 
 
-def _explainable(leaf: Any, name: str, argnum: int) -> Any:
+def explainable(leaf: Any, name: str, argnum: int) -> Any:
+    if not _is_array(leaf) and not isinstance(leaf, (bool, int, float, complex)):
+        raise InputError(f"the explained argument {argnum} ({name}) is a {type(leaf).__name__}: it must be an array")
     array = leaf if _is_array(leaf) else jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(

@@ -1086,6 +1086,49 @@ def test_softmax_behind_a_move_is_an_end(behind: Callable):
     close(logits(function)(x, p), behind(models.mlp(x[None], p)), 1e-6)
 
 
+BEFORE_SOFTMAX: dict[str, tuple[Callable, list[tuple[str, str]]]] = {
+    "temperature": (lambda h: h / 0.5, []),
+    "centred": (lambda h: h - h.mean(-1, keepdims=True), [REDUCE, ADD]),
+    "difference of halves": (lambda h: h[:, :2] - h[:, 2:], [MOVE, MOVE, ADD]),
+    "differences of pairs": (lambda h: h[:, None] - h[None], [MOVE, MOVE, ADD]),
+    "softmax": (jax.nn.softmax, [SOFTMAX]),
+    "activation": (jnp.tanh, [ACT]),
+}
+
+
+@pytest.mark.parametrize("front, between", BEFORE_SOFTMAX.values(), ids=BEFORE_SOFTMAX)
+def test_softmax_begins_at_its_logits(front: Callable, between: list):
+    """And not at a difference before them; the relevance of the logits is the rule's."""
+    x, w = models.rng(42).normal(size=(2, 5)), models.rng(43).normal(size=(5, 4))
+    function = lambda x, w: jax.nn.softmax(front(x @ w))
+    assert rows(function, x, w) == [DENSE, *between, SOFTMAX]
+    relevance = lrp(function, COMPOSITE, target=lambda y: y**2)(x, w)
+    in_two = lambda R: lrp(lambda x, w: front(x @ w), COMPOSITE, target=lambda z: R)(x, w)
+    z = np.asarray(front(jnp.asarray(x @ w)))
+    s = np.asarray(jax.nn.softmax(z))
+    close(relevance, in_two(z * (s**2 - s * (s**2).sum(-1, keepdims=True))))
+
+
+NO_SOFTMAX: dict[str, Callable] = {
+    "logits times exponentials": lambda h: h * (e := jnp.exp(h)) / e.sum(-1, keepdims=True),
+    "other exponentials below": lambda h: jnp.exp(h) / jnp.exp(-h).sum(-1, keepdims=True),
+    "squares above": lambda h: (e := jnp.exp(h)) ** 2 / e.sum(-1, keepdims=True),
+    "square root of the sum": lambda h: (e := jnp.exp(h)) / jnp.sqrt(e.sum(-1, keepdims=True)),
+    "mean": lambda h: (e := jnp.exp(h)) / e.mean(-1, keepdims=True),
+    "sum of relus": lambda h: (e := jax.nn.relu(h)) / e.sum(-1, keepdims=True),
+    "another value less logsumexp": lambda h: jnp.tanh(h) - jnp.log(jnp.exp(h).sum(-1, keepdims=True)),
+    "twice the value less logsumexp": lambda h: 2 * h - jnp.log(jnp.exp(h).sum(-1, keepdims=True)),
+    "without the logarithm": lambda h: h - jnp.exp(h).sum(-1, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("function", NO_SOFTMAX.values(), ids=NO_SOFTMAX)
+def test_what_is_no_softmax(function: Callable):
+    """An exponential, a sum and a quotient do not make one: its rule would take the output for probabilities."""
+    x, w = models.rng(42).normal(size=(2, 5)), models.rng(43).normal(size=(5, 4))
+    assert SOFTMAX not in rows(lambda x, w: function(x @ w), x, w)
+
+
 def test_softmax_over_another_axis_and_with_a_mask():
     z, v = models.rng(41).normal(size=(2, 3)), np.ones((3, 3))
     mask = np.array([True, False, True])

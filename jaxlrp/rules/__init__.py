@@ -1,7 +1,7 @@
 """Relevance rules; each is a frozen dataclass whose numbers are pytree leaves."""
 
 from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor
-from .base import KERNEL, LINEAR, Layer, Rule, divide, rule, stabilise
+from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, divide, rule, stabilise
 from .domain import Flat, WSquare, ZBox
 from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
 from .pooling import AbsoluteShare, Proportional, Winner
@@ -34,6 +34,7 @@ __all__ = [
     "ZBox",
     "ZPlus",
     "Zero",
+    "broadcasts",
     "divide",
     "in_proportion",
     "rule",

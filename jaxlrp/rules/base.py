@@ -114,10 +114,15 @@ def check_number(rule: Rule, name: str, *, minimum: float | None = None) -> None
     if value is None:
         return
     title = f"{type(rule).__name__}({name}={getattr(rule, name)!r})"
-    if not np.issubdtype(value.dtype, np.number) or np.isnan(value).any():
-        raise InputError(f"{title}: {name} must be a number")
+    if not np.issubdtype(value.dtype, np.number) or not np.isfinite(value).all():
+        raise InputError(f"{title}: {name} must be a finite number")
     if minimum is not None and (value < minimum).any():
         raise InputError(f"{title}: {name} must be at least {minimum:g}")
+
+
+def broadcasts(small: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array of the first shape broadcasts to the second."""
+    return len(small) <= len(shape) and all(b in (1, n) for b, n in zip(small[::-1], shape[::-1], strict=False))
 
 
 def stabilise(z: jax.Array, epsilon: Any) -> jax.Array:

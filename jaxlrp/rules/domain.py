@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..errors import InputError
 from ..program import Op
-from .base import KERNEL, Layer, Rule, check_number, concrete, rule
+from .base import KERNEL, Layer, Rule, broadcasts, check_number, concrete, rule
 from .linear import negative, positive, share, total
 
 
@@ -63,14 +63,18 @@ class ZBox(Rule):
         low, high = concrete(self.low), concrete(self.high)
         check_number(self, "low")
         check_number(self, "high")
-        if low is not None and high is not None and (low > high).any():
+        if low is None or high is None:
+            return
+        if not (broadcasts(low.shape, high.shape) or broadcasts(high.shape, low.shape)):
+            raise InputError(f"ZBox: low of shape {low.shape} and high of shape {high.shape} do not broadcast together")
+        if (low > high).any():
             raise InputError(f"ZBox(low={self.low!r}, high={self.high!r}): low must not exceed high")
 
     def check(self, op: Op) -> None:
         shape = op.in_shapes[0]
         for name in ("low", "high"):
             bound = jnp.shape(getattr(self, name))
-            if not _broadcasts(bound, shape):
+            if not broadcasts(bound, shape):
                 raise InputError(
                     f"ZBox: {name} of shape {bound} does not broadcast to the input {shape} of {op.name} ({op.source})"
                 )
@@ -82,10 +86,6 @@ class ZBox(Rule):
         low, high = jnp.minimum(*bounds), jnp.maximum(*bounds)
         terms = [(layer.active, w), (-low, positive(w)), (-high, negative(w))]
         return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
-
-
-def _broadcasts(bound: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(bound) <= len(shape) and all(b in (1, n) for b, n in zip(bound[::-1], shape[::-1], strict=False))
 
 
 __all__ = ["Flat", "WSquare", "ZBox"]
