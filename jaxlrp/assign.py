@@ -137,9 +137,9 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
             f"lax.fori_loop with constant bounds, or lax.scan"
         )
     raise UnknownPrimitiveError(
-        f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which has no kind. If it acts element by "
-        f'element, write jaxlrp.kinds.register({op.primitive.replace("-", "_")}_p, "activation"); if it moves elements, "structural"; '
-        f'if it is linear, "reduce". To let the plain gradient through instead, pass on_unknown="gradient".'
+        f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which has no kind. If it acts element "
+        f'by element, write jaxlrp.kinds.register({op.primitive.replace("-", "_")}_p, "activation"); if it moves '
+        f'elements, "structural"; if it is linear, "reduce". To let the plain gradient through, pass on_unknown="gradient".'
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from .assign import Plan, assign, is_end
 from .composites import Composite
 from .errors import InputError, SelectorError, TargetError
-from .facts import infer
+from .facts import infer, prune
 from .interpret import Interpreter, Settings, lead
 from .places import place
 from .program import Atom, Body, Constant, Op, leaves
@@ -34,6 +34,7 @@ def analyse(
     traced = trace(fun, args, kwargs, argnums)
     facts = dict(traced.facts)
     infer(traced.block, facts)
+    prune(traced.block, facts, traced.block.outputs)
     body = recognise(traced.block, facts)
     return traced, place(body, [traced.block.inputs[i] for i in traced.explained])
 

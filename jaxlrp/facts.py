@@ -1,11 +1,12 @@
 """What is known of every value before anything runs: does it carry relevance, can it be negative, whose is it.
 
-One forward pass over the equations; in a scan the facts of the carry are a fixpoint over the body.
+A forward pass over the equations says what depends on the explained inputs, a backward pass drops what no relevance
+can reach from the outputs; in a scan the facts of the carry are a fixpoint over the body.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +71,52 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
             inexact = jnp.issubdtype(value.aval.dtype, jnp.inexact)
             facts[value] = fact._replace(data=fact.data and inexact)
     return [fact_of(facts, a) for a in block.outputs]
+
+
+def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
+    """Takes `data` from what no relevance arriving at `wanted` can reach; returns what it can.
+
+    The block's inputs keep it, so that what blocks relevance is seen even where nothing lies before it.
+    """
+    reached = {a for a in wanted if isinstance(a, Value) and facts[a].data}
+    for e in reversed(block.equations):
+        arrives = [v in reached for v in e.outputs]
+        if not any(arrives):
+            continue
+        if e.primitive is p.scan_p:
+            reads = _scan_reads(e, arrives, facts)
+        elif e.primitive is p.cond_p:
+            chosen = [_reads(b, facts, arrives) for b in e.bodies]
+            reads = [False, *map(any, zip(*chosen, strict=True))]
+        else:
+            reads = [True] * len(e.inputs)
+        found = zip(e.inputs, reads, strict=True)
+        reached |= {a for a, read in found if read and isinstance(a, Value) and facts[a].data}
+    for v in (v for e in block.equations for v in e.outputs):
+        if v not in reached:
+            facts[v] = facts[v]._replace(data=False)
+    return reached
+
+
+def _reads(body: Block, facts: Facts, arrives: Sequence[bool]) -> list[bool]:
+    """Which inputs of a loop's body relevance reaches, if it arrives at these outputs."""
+    reached = prune(body, facts, [a for a, here in zip(body.outputs, arrives, strict=True) if here])
+    facts.update({v: facts[v]._replace(data=v in reached) for v in body.inputs})
+    return [v in reached for v in body.inputs]
+
+
+def _scan_reads(e: Equation, arrives: list[bool], facts: Facts) -> list[bool]:
+    consts, carries = _compat.scan_arity(e.params)
+    (body,) = e.bodies
+    known = dict(facts)
+    while True:
+        trial = dict(known)
+        reads = _reads(body, trial, arrives)
+        grown = [a or r for a, r in zip(arrives[:carries], reads[consts:], strict=False)] + arrives[carries:]
+        if grown == arrives:
+            facts.update(trial)
+            return reads
+        arrives = grown
 
 
 def _simple(e: Equation, inputs: list[Fact]) -> Fact:

@@ -72,12 +72,13 @@ class Interpreter:
                 outputs = self._loop(s, settings, [_read(env, a) for a in s.equation.inputs])
                 env.update(zip(s.equation.outputs, outputs, strict=True))
             else:
-                env.update(zip(s.outputs, s.evaluate(*(_read(env, a) for a in s.inputs)), strict=True))
+                _evaluate(s, env)
 
     def _op(self, op: Op, settings: Settings, env: Env) -> None:
         i = self._index[op]
         if i not in settings.rules:
-            self._run(op.steps, settings, env)
+            for e in op.steps:
+                _evaluate(e, env, stop=op.kind == "blocked")
             return
         inputs, params = [env[v] for v in op.inputs], [env[v] for v in op.params]
         probe, mask = settings.probes.get(i), settings.masks.get(i)
@@ -183,7 +184,7 @@ def apply(
     def evaluate(rule: Rule, inputs: list[Any], params: list[Any], probe: Any, mask: Any) -> Any:
         env: Env = dict(zip((*op.inputs, *op.params), (*inputs, *params), strict=True))
         for e in op.steps:
-            env.update(zip(e.outputs, e.evaluate(*(_read(env, a) for a in e.inputs)), strict=True))
+            _evaluate(e, env)
         return env[op.output]
 
     probed = probe is not None
@@ -212,6 +213,11 @@ def apply(
 
 
 _KEPT = ("inputs", "params", "output")
+
+
+def _evaluate(e: Equation, env: Env, stop: bool = False) -> None:
+    outputs = e.evaluate(*(_read(env, a) for a in e.inputs))
+    env.update(zip(e.outputs, map(lax.stop_gradient, outputs) if stop else outputs, strict=True))
 
 
 def _read(env: Env, atom: Atom) -> Any:

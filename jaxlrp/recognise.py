@@ -1,6 +1,6 @@
 """Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
 
-Order of claims: activations and softmax (regions), linear runs, trees of adds, runs of scales, and what nothing claims
+Order of claims: softmax, activations, linear runs, trees of adds, runs of scales, and what nothing claims
 stays an Op of one equation. An Op's inner values are read nowhere else, so replacing it by a `custom_vjp` whose forward
 pass is its own equations never changes the forward value.
 """
@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from jax.extend.core import primitives as p
 
 from . import _compat
+from .activations import claim_activations
 from .facts import Facts
 from .graph import Draft, Graph
 from .kinds import kind_of
-from .program import Block, Body, Equation, Group, Loop, Op, Step, Value, Wrapper, leaves
-from .regions import claim_activations, claim_softmax
+from .program import Block, Body, Equation, Group, Loop, Op, Step, Wrapper, leaves
 from .runs import claim_linear, parameter_step
+from .softmax import claim_softmax
 from .source import source_of
 
 

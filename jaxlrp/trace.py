@@ -19,6 +19,7 @@ from jax.extend import core as jex
 from jax.extend.core import primitives as p
 
 from . import _compat
+from .counted import as_scan
 from .errors import InputError
 from .kinds import LOOPS, WRAPPERS
 from .program import Atom, Block, Constant, Equation, Fact, Value, Wrapper
@@ -158,6 +159,12 @@ def _open(
     nodes: list[Equation] = []
     for eqn in body.eqns:
         operands = tuple(read(v) for v in eqn.invars)
+        scan = as_scan(eqn, [_known(a, constants) for a in operands]) if eqn.primitive is p.while_p else None
+        if scan is not None:
+            children, results = _open(scan, operands, constants, scopes)
+            env.update(zip(eqn.outvars, results, strict=True))
+            nodes += children
+            continue
         if eqn.primitive in WRAPPERS:
             inner = _compat.closed(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
             key = object()
@@ -171,6 +178,12 @@ def _open(
             env.update(zip(eqn.outvars, made, strict=True))
             nodes.append(Equation(eqn, body, operands, made, scopes, _bodies(eqn)))
     return nodes, [read(v) for v in body.outvars]
+
+
+def _known(atom: Atom, constants: dict[Value, Any]) -> Any:
+    """The value of a constant that is there while tracing; None for anything else."""
+    value = atom.value if isinstance(atom, Constant) else constants.get(atom)
+    return None if isinstance(value, jax.core.Tracer) else value
 
 
 def _bodies(eqn: Any) -> tuple[Block, ...]:

@@ -161,7 +161,7 @@ for value, dtype in ((np.arange(4), "int64"), (X > 0, "bool"), (X + 1j, "complex
             lambda value=value, verb=verb: verb(dense, EPSILON)(value),
             f"explained argument 0 (x) .. {dtype} .. floating-point .. .astype(jnp.float32)",
         )
-case(InputError, lambda: run(lambda x: 1.0, EPSILON, "text"), "explained argument 0 (x) .. floating-point")
+case(InputError, lambda: run(lambda x: 1.0, EPSILON, "text"), "explained argument 0 (x) is a str .. an array")
 case(InputError, lambda: run(lambda x: x["a"] @ W, EPSILON, {"a": X, "ids": np.arange(3)}), "(ids) .. int64")
 case(InputError, lambda: gradients.gradient(lambda x: 2.0 * x)(np.arange(3)), "int64 .. floating-point")
 case(InputError, lambda: logits(lambda x: (x, x))(X), "one array as output .. 2")
@@ -292,7 +292,7 @@ case(InputError, lambda: rules.ZPlus(bias="keep"), "ZPlus(bias='keep') .. \"abso
 case(InputError, lambda: rules.ZBox(1.0, 0.0), "ZBox(low=1.0, high=0.0) .. low must not exceed high")
 case(InputError, lambda: rules.ZBox(np.asarray([0.0, 2.0]), 1.0), "ZBox( .. low must not exceed high")
 case(InputError, lambda: rules.ZBox(np.zeros(3), np.ones(4)), "ZBox( .. (3,) .. (4,)")
-case(InputError, lambda: rules.ZBox(-1.0, np.nan), "ZBox(high=nan) .. must be a number")
+case(InputError, lambda: rules.ZBox(-1.0, np.nan), "ZBox(high=nan) .. must be a finite number")
 case(InputError, lambda: rules.ZBox(-np.inf, 1.0), "ZBox(low=-inf) .. must be")
 
 

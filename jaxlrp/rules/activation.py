@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from ..program import Constant, Op, leaves
-from .base import Layer, Rule, check_number, rule
+from .base import Layer, Rule, check_number, divide, rule
 
 
 @rule
@@ -42,7 +42,8 @@ class Pass(Rule):
 class SoftmaxTaylor(Rule):
     """Softmax, or log-softmax, linearised at its input: R_i = x_i (R_i - s_i sum_j R_j), at the raw logits x.
 
-    s is the softmax. Logits of -inf (masks) get 0. Not conserving. Source: Achtibat et al. 2024, Prop. 3.1.
+    s is the softmax; the bracket is the derivative of log s, pulled back from R, so that reshapes within the layer do
+    not matter. Logits of -inf (masks) get 0. Not conserving. Source: Achtibat et al. 2024, Prop. 3.1.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset(("softmax",))
@@ -50,9 +51,8 @@ class SoftmaxTaylor(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         (x,) = layer.inputs
-        axes = next(tuple(e.params["axes"]) for e in leaves(layer.op.steps) if e.primitive is p.reduce_sum_p)
-        s = jnp.exp(layer.output) if layer.op.label == "log_softmax" else layer.output
-        pulled = relevance - s * relevance.sum(axes, keepdims=True)
+        _, pull = jax.vjp(layer.apply, x)
+        (pulled,) = pull(relevance if layer.op.label == "log_softmax" else divide(relevance, layer.output))
         masked = jnp.isneginf(x)
         return (jnp.where(masked, 0, jnp.where(masked, 0, x) * pulled),)
 

@@ -66,7 +66,9 @@ class ZBox(Rule):
         if low is None or high is None:
             return
         if not (broadcasts(low.shape, high.shape) or broadcasts(high.shape, low.shape)):
-            raise InputError(f"ZBox: low of shape {low.shape} and high of shape {high.shape} do not broadcast together")
+            raise InputError(
+                f"ZBox(low of shape {low.shape}, high of shape {high.shape}): they do not broadcast together"
+            )
         if (low > high).any():
             raise InputError(f"ZBox(low={self.low!r}, high={self.high!r}): low must not exceed high")
 

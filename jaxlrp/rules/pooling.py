@@ -13,6 +13,7 @@ from ..program import Equation, leaves
 from .base import Layer, Rule, check_choice, divide, rule
 
 _OVER_AXES = (p.reduce_max_p, p.reduce_min_p)
+_OVER_WINDOWS = (p.reduce_window_max_p, p.reduce_window_min_p)
 _MINIMA = (p.reduce_min_p, p.reduce_window_min_p)
 
 
@@ -21,7 +22,8 @@ class Winner(Rule):
     """All relevance to the largest element of each window (the smallest, for a minimum).
 
     ties: "first" in the window's order, or "split" in equal parts. For max-pooling, maxima over axes, and the maximum
-    of two values (there ties always split). Source: Bach et al. 2015. Raises InputError for another choice.
+    of two values (there ties always split). The smooth maximum logsumexp gives each element its softmax weight
+    (Kauffmann et al. 2022). Source: Bach et al. 2015. Raises InputError for another choice.
     """
 
     ties: str = "first"
@@ -32,10 +34,10 @@ class Winner(Rule):
         check_choice(self, "ties", "first", "split")
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        (e,) = leaves(layer.op.steps)
-        windowed = e.primitive in (p.reduce_window_max_p, p.reduce_window_min_p)
+        e = leaves(layer.op.steps)[-1]
+        windowed = e.primitive in _OVER_WINDOWS
         if not windowed and e.primitive not in _OVER_AXES or windowed and self.ties == "first":
-            # the derivative of a window is its first winner, that of a maximum of two values half each on ties
+            # the derivative of a window is its first winner, of two values half each on ties, of logsumexp a softmax
             _, pull = jax.vjp(layer.apply, *layer.inputs)
             return pull(relevance)
         elements, pull = jax.vjp(lambda x: windows(e, x), layer.inputs[0])
@@ -56,7 +58,7 @@ class Proportional(Rule):
     uses: ClassVar[frozenset[str]] = frozenset(("inputs",))
 
     def supports(self, op: Any) -> bool:
-        return op.kind == "max_pool" and len(op.inputs) == 1
+        return op.kind == "max_pool" and leaves(op.steps)[-1].primitive in _OVER_AXES + _OVER_WINDOWS
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         (e,) = leaves(layer.op.steps)
@@ -80,8 +82,7 @@ class AbsoluteShare(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         sizes = [jnp.abs(x) for x in layer.inputs]
-        z: jax.Array
-        z, pull = jax.vjp(lambda *xs: sum(jnp.broadcast_to(x, relevance.shape) for x in xs), *sizes)
+        z, pull = jax.vjp(lambda *xs: jnp.stack([jnp.broadcast_to(x, relevance.shape) for x in xs]).sum(0), *sizes)
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
         return tuple(x * g for x, g in zip(sizes, pull(divide(relevance, z)), strict=True))
 

@@ -1,9 +1,8 @@
-"""Layers that take several equations and come back together: activations (silu, gelu, softplus ...) and softmax.
+"""Activations: layers that take several element-wise equations and come back together (silu, gelu, softplus ...).
 
-They are found by data flow. An activation is a wrapper whose body is element-wise (`jax.nn.softplus` is jitted), or
-element-wise paths that part at one value and meet again (x * sigmoid(x)), or a chain that bends more than once
-(1 / (1 + exp(-x))); of candidates that overlap the largest is taken. A softmax is what lies between a quotient and the
-immediate dominator of its two operands, when it holds an exponential and its sum.
+They are found by data flow: a wrapper whose body is element-wise (`jax.nn.softplus` is jitted), element-wise paths that
+part at one value and meet again (x * sigmoid(x)), or a chain that bends more than once (1 / (1 + exp(-x))); of
+candidates that overlap the largest is taken.
 """
 
 from __future__ import annotations
@@ -13,44 +12,14 @@ from collections.abc import Iterator
 from jax.extend.core import primitives as p
 
 from .graph import Draft, Graph, small
-from .kinds import ELEMENTWISE, STRUCTURAL, kind_of
+from .kinds import ELEMENTWISE, kind_of
 from .program import Atom, Equation, Value, Wrapper, leaves
 
-# what a softmax or a logsumexp is written with, guards against infinities included
-_SOFTMAX = ELEMENTWISE | STRUCTURAL | {p.reduce_max_p, p.reduce_sum_p}
 _JOINS = frozenset((p.mul_p, p.div_p, p.select_n_p, p.max_p, p.min_p, p.pow_p, p.clamp_p))
 _SHIFTS = frozenset((p.add_p, p.sub_p))
 _COPIES = frozenset((p.copy_p, p.convert_element_type_p, p.reduce_precision_p))
 
 Candidate = tuple[str, list[Equation], Equation, Equation]  # label, region, its last equation, who is to blame
-
-
-def claim_softmax(graph: Graph) -> None:
-    for e in reversed(graph.equations):
-        if e.primitive not in (p.div_p, p.sub_p) or not graph.free(e) or len(set(graph.data(e))) != 2:
-            continue
-        wanted = {p.exp_p, p.reduce_sum_p} | ({p.log_p} if e.primitive is p.sub_p else {p.div_p})
-        entry = graph.dominator(graph.derived(e))
-        region: list[Equation] = []
-        while entry is not None and graph.fact(entry).data:
-            wider = graph.between(e, entry)
-            seen = {r.primitive for r in wider}
-            if not seen <= _SOFTMAX or not graph.sealed(wider, e.outputs[0]):
-                break
-            if wanted <= seen:
-                region = wider
-            # the quotient's operands meet at the exponential, or at the shift by the maximum: the logits lie beyond
-            above = graph.producer.get(entry)
-            shift = above is not None and above.primitive is p.sub_p and len(graph.derived(above)) == 2
-            if above is None or (region and not shift):
-                break
-            entry = graph.dominator(graph.derived(above))
-        if region:
-            label = "log_softmax" if e.primitive is p.sub_p else "softmax"
-            after = graph.reader(e.outputs[0])
-            if label == "log_softmax" and after is not None and after.primitive is p.exp_p and graph.free(after):
-                region, label, e = [*region, after], "softmax", after  # exp(x - logsumexp(x))
-            graph.claim(Draft("softmax", label, region, e.outputs[0], e))
 
 
 def claim_activations(graph: Graph) -> None:
@@ -85,6 +54,7 @@ def _wrapped(graph: Graph, node: Equation) -> Iterator[Candidate]:
             and all(small(v) for v in used if v is not entry)
             and all(not graph.derived(e) or e.primitive in ELEMENTWISE for e in inside)
             and any(_bends(graph, e) for e in inside)
+            and not (_shifts(graph, inside) and sum(_bends(graph, e) for e in inside) == 1)  # tanh(2 - x): two layers
         ):
             yield _title(node), [e for e in inside if graph.derived(e)], graph.producer[exit], node
             return
@@ -111,9 +81,14 @@ def _joined(graph: Graph, whole: set[Equation]) -> Iterator[Candidate]:
         if len(sources) > 1 and common and graph.fact(common[-1]).data and graph.fact(out).data:
             region = graph.between(e, common[-1])
             sums = e.primitive in _SHIFTS and any(r in whole for r in region)
-            shifts = any(r.primitive in _SHIFTS and not all(map(small, _others(graph, r))) for r in region)
+            shifts = any(not all(map(small, _others(graph, r))) for r in _shifts(graph, region))
             if not sums and not shifts and any(_bends(graph, r) for r in region):
                 yield _label(region), region, e, e
+
+
+def _shifts(graph: Graph, region: list[Equation]) -> list[Equation]:
+    """The sums and differences of data with something that is none."""
+    return [r for r in region if r.primitive in _SHIFTS and len(graph.derived(r)) == 1]
 
 
 def _others(graph: Graph, e: Equation) -> list[Atom]:
