@@ -183,7 +183,7 @@ def main() -> int:
         "cpu_count": os.cpu_count(),
         "cpu_affinity": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
-        "machine": platform.platform(),
+        "machine": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: version(package) for package in ("jax", "jaxlib", "flax", "numpy")},
         "batch": args.batch,

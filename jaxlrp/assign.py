@@ -139,7 +139,7 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
     raise UnknownPrimitiveError(
         f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which has no kind. If it acts element "
         f'by element, write jaxlrp.kinds.register({op.primitive.replace("-", "_")}_p, "activation"); if it moves '
-        f'elements, "structural"; if it is linear, "reduce". To let the plain gradient through, pass on_unknown="gradient".'
+        f'elements, "structural"; if it is linear, "reduce". To let the gradient through, pass on_unknown="gradient".'
     )
 
 
