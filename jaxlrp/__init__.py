@@ -1,8 +1,19 @@
 """jaxlrp: Layer-wise Relevance Propagation as a JAX function transformation."""
 
-from . import composites, errors, evaluate, gradients, kinds, rules, select
+import importlib
+from typing import Any
+
+from . import composites, errors, evaluate, gradients, kinds, patterns, rules, select
 from .attribute import logits, lrp, plan, rewrite, value_and_lrp
 from .composites import Composite
+
+
+def __getattr__(name: str) -> Any:
+    """`jaxlrp.plot` and `jaxlrp.nn`, imported when asked for: they need matplotlib and Flax."""
+    if name not in ("nn", "plot"):
+        raise AttributeError(f"module 'jaxlrp' has no attribute {name!r}")
+    return importlib.import_module(f"jaxlrp.{name}")
+
 
 __version__ = "0.1.0"
 
@@ -15,6 +26,7 @@ __all__ = [
     "kinds",
     "logits",
     "lrp",
+    "patterns",
     "plan",
     "rewrite",
     "rules",

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="jaxlrp", description="Layer-wise Relevance Propagation for JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="explain two trained networks, offline, and draw the heatmaps")
+    demo = commands.add_parser("demo", help="explain three trained networks, offline, and draw the heatmaps")
     demo.add_argument("--out", type=Path, default=Path("jaxlrp-demo"), help="folder for the pictures (%(default)s)")
     demo.add_argument("--plan", action="store_true", help="print every row of the plans, not only the first ones")
     options = parser.parse_args(argv)
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .demo import run
 
     run.fashion(options.out / "fashion.png", options.plan)
+    run.response(options.out / "response.png", options.plan)
     run.photos(options.out / "photos.png", options.plan)
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 from .composites import Composite, base
 from .errors import InputError, NoRuleError, SelectorError, UnknownPrimitiveError
 from .program import Op
-from .rules import Gradient, Rule
+from .rules import Flat, Gradient, Pass, Rule, WSquare, ZBox
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,18 @@ def assign(ops: Sequence[Op], composite: Composite, on_unknown: str = "error") -
             check(op)
         rules.append(rule)
         rows.append(PlanRow(op.name, op.kind, op.in_shapes, op.out_shape, rule, not own, op.source))
+    notes = _notes(ops)
+    for i, j in _preprocessing(ops, rules):
+        if rows[j].base:  # see composites.base
+            rules[j] = Pass()
+            rows[j] = dataclasses.replace(rows[j], rule=rules[j])
+        if isinstance(rules[i], ZBox):
+            notes += (
+                f"{ops[i].name} ({ops[i].source}): its box is in the units of what enters it, after {ops[j].name} "
+                f"({ops[j].source}), which it shares with others or cannot join",
+            )
     unused = tuple(_unused(ops, *row) for i, row in enumerate(composite.rows) if i not in used)
-    return tuple(rules), Plan(tuple(rows), unused, _notes(ops))
+    return tuple(rules), Plan(tuple(rows), unused, notes)
 
 
 def _unused(ops: Sequence[Op], selector: Any, rule: Rule) -> str:
@@ -135,6 +145,11 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
         raise UnknownPrimitiveError(
             f"while at {op.source}: relevance cannot pass a while_loop whose length depends on data; write "
             f"lax.fori_loop with constant bounds, or lax.scan"
+        )
+    if len(op.inputs) > 1:
+        raise UnknownPrimitiveError(
+            f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which combines {len(op.inputs)} "
+            f'values of the data by no rule that is known; to let the gradient through, pass on_unknown="gradient"'
         )
     raise UnknownPrimitiveError(
         f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which has no kind. If it acts element "
@@ -161,6 +176,20 @@ def _notes(ops: Sequence[Op]) -> tuple[str, ...]:
         f"{op.name} ({op.source}) ends the function: relevance should start at the logits; explain jaxlrp.logits(fun)"
         for op in ends
     )
+
+
+def _preprocessing(ops: Sequence[Op], rules: Sequence[Rule]) -> Iterator[tuple[int, int]]:
+    """Pairs of a first layer whose rule looks at its input's domain, and the preprocessing before it that is no part
+    of it, by their positions."""
+    changed: dict[Any, int] = {}
+    for i, op in enumerate(ops):
+        before = [changed[v] for v in op.inputs if v in changed]
+        if isinstance(rules[i], (Flat, WSquare, ZBox)):
+            yield from ((i, j) for j in before)
+        if op.first and op.kind in ("scale", "batch_norm", "resize"):
+            changed[op.output] = i
+        elif op.first and op.kind == "structural" and before:
+            changed |= {v: before[0] for e in op.steps for v in e.outputs}
 
 
 def _show(rule: Rule) -> str:

@@ -63,8 +63,9 @@ def rewrite(
       argnums: the explained positional argument, or several; floating point, any pytree.
       on_unknown: "error", or "gradient" to let the plain derivative through primitives that have no kind.
 
-    Relevance of an output is pulled back by `y, pull = jax.vjp(rewrite(f, c), x); (R,) = pull(y)`. The cotangent of
-    every other argument is zero. Rules compute in float32 or wider; relevance has the input's dtype.
+    Relevance of an output is pulled back by `y, pull = jax.vjp(rewrite(f, c), x); (R,) = pull(y)`. Only the cotangents
+    of explained arguments are relevance: a layer's parameters get zero, a token joined to the data what ends there.
+    Rules compute in float32 or wider; relevance has the input's dtype.
 
     Raises (when called): InputError, NoRuleError, SelectorError, UnknownPrimitiveError.
     """
@@ -170,9 +171,9 @@ def plan(
 def logits(fun: Callable) -> Callable:
     """`fun` up to its final softmax or log_softmax: a function of the same arguments that returns what enters it.
 
-    `fun` must have one array as output; where it ends in neither, its output is returned as it is.
+    `fun` must have one array as output (in any container); where it ends in neither, it is returned as it is.
 
-    Raises (when called) InputError for a function of several outputs.
+    Raises (when called) InputError for a function of several outputs, of several such ends, or of one inside a loop.
     """
 
     @functools.wraps(fun, updated=())
@@ -183,6 +184,9 @@ def logits(fun: Callable) -> Callable:
         ends = [op for op in body.ops() if is_end(op)]
         if not ends:
             return fun(*args, **kwargs)
+        if len(ends) > 1 or ends[0].output not in {v for e in traced.block.equations for v in e.outputs}:
+            where = ", ".join(f"{op.name} ({op.source})" for op in ends)
+            raise InputError(f"logits({fun!r}): it ends in {where}: write a function that returns what enters it")
         (end,) = ends
         block, skipped = traced.block, set(leaves(end.steps))
         env: dict[Atom, Any] = dict(zip(block.inputs, traced.arrays, strict=True))
@@ -193,7 +197,7 @@ def logits(fun: Callable) -> Callable:
                 env.update(zip(e.outputs, e.evaluate(*values), strict=True))
             elif end.inputs[0] in env:  # the logits take the place of what the softmax makes of them
                 env[end.output] = env[end.inputs[0]]
-        return env[block.outputs[0]]
+        return jax.tree.unflatten(traced.out_tree, [env[block.outputs[0]]])
 
     return before_softmax
 
@@ -203,7 +207,12 @@ def _watched(ops: Sequence[Op], layers: Selector) -> list[int]:
     if not isinstance(layers, Selector):
         raise SelectorError(f"layers={layers!r} is no selector; write jaxlrp.select.named(...) or kind(...)")
     layers.check(ops)
-    return [i for i, op in enumerate(ops) if layers.matches(op) and op.kind not in ("blocked", "unknown")]
+    return [i for i, op in enumerate(ops) if layers.matches(op) and _has_one_output(op)]
+
+
+def _has_one_output(op: Op) -> bool:
+    """Whether relevance can be seen at the Op's output: a split has several, at what blocks there is none."""
+    return op.kind not in ("blocked", "unknown") and not op.splits
 
 
 def _masked(ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, Any]:
@@ -212,6 +221,8 @@ def _masked(ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, Any]:
     for name, mask in masks.items():
         if name not in names:
             raise SelectorError(f"masks: there is no layer {name!r}; the plan names: {', '.join(names)}")
+        if not _has_one_output(ops[names[name]]):
+            raise InputError(f"masks: {name!r} has no one output; mask the layers that read it")
         shape = ops[names[name]].out_shape
         if not broadcasts(jnp.shape(mask), shape):
             raise InputError(f"masks[{name!r}] of shape {jnp.shape(mask)} does not broadcast to the output {shape}")

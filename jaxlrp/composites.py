@@ -7,7 +7,7 @@ Default numbers are zennit's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ from .rules import (
     Gradient,
     GuidedBackprop,
     Pass,
+    PatternAttribution,
+    PatternNet,
     Rule,
     SoftmaxTaylor,
     Uniform,
@@ -34,7 +36,7 @@ from .rules import (
     ZBox,
     ZPlus,
 )
-from .select import Selector, everything, first, kind
+from .select import Selector, everything, exactly, first, kind
 
 Row = tuple[Selector, Rule]
 
@@ -96,12 +98,14 @@ class Composite:
 def base() -> Composite:
     """What serves every composite where its own rows leave an Op open.
 
-    Activations, reshapes and a BatchNorm without a linear neighbour pass; sums, scales and average pools are in
+    Activations, reshapes, norms and a BatchNorm without a linear neighbour pass; sums, scales and average pools are in
     proportion; max-pools to the winner; softmax, products and matrix products as AttnLRP. Dense and conv have no
-    default: none given is an error.
+    default: none given is an error. Preprocessing of the explained input that did not join its first layers passes
+    where one of them has Flat, WSquare or ZBox: in proportion to x / (x - mean) their relevance would explode.
     """
     return Composite([
-        (kind("activation", "structural", "batch_norm", "blocked"), Pass()),
+        (kind("activation", "structural", "blocked"), Pass()),
+        (kind("batch_norm", "layer_norm", "rms_norm", "group_norm", "local_response_norm"), Pass()),
         (kind("scale", "add", "reduce", "avg_pool", "resize"), Epsilon(1e-9)),
         (kind("max_pool"), Winner()),
         (kind("softmax"), SoftmaxTaylor()),
@@ -187,8 +191,27 @@ def beta_smooth(beta: Any = 10.0) -> Composite:
     return _gradient_with(BetaSmooth(beta))
 
 
+def pattern_net(patterns: Mapping[str, Any]) -> Composite:
+    """The signal (Kindermans et al. 2018): patterns in place of the weights, the gradient through all other layers.
+
+    patterns: {layer's name: pattern}, as `jaxlrp.patterns.fit` gives them. A dense or conv layer without one is a
+    NoRuleError, a name without a layer a SelectorError.
+    """
+    return _gradient_but(patterns, PatternNet)
+
+
+def pattern_attribution(patterns: Mapping[str, Any]) -> Composite:
+    """The signal's contributions (Kindermans et al. 2018): weights times patterns; otherwise as `pattern_net`."""
+    return _gradient_but(patterns, PatternAttribution)
+
+
+def _gradient_but(patterns: Mapping[str, Any], rule: type[PatternNet]) -> Composite:
+    rows: list[Row] = [(exactly(name), rule(pattern)) for name, pattern in patterns.items()]
+    return Composite([*rows, (~kind("dense", "conv"), Gradient())])
+
+
 __all__ = [
     "Composite", "base", "beta_smooth", "deconvnet", "deep_taylor", "epsilon", "epsilon_alpha2_beta1",
     "epsilon_alpha2_beta1_flat", "epsilon_gamma_box", "epsilon_plus", "epsilon_plus_flat", "excitation_backprop",
-    "guided_backprop",
+    "guided_backprop", "pattern_attribution", "pattern_net",
 ]  # fmt: skip

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
 
 from .facts import Facts, fact_of
 from .program import Atom, Block, Constant, Equation, Fact, Linear, Value, Wrapper
@@ -31,9 +35,12 @@ class Graph:
         self.position = {e: i for i, e in enumerate(self.equations)}
         self.producer: dict[Value, Equation] = {}
         self.readers: dict[Value, list[Equation]] = {}
+        self._literals: set[Equation] = set()
         for e in self.equations:
             for v in dict.fromkeys(e.values):
                 self.readers.setdefault(v, []).append(e)
+            if not e.eqn.effects and all(self.producer.get(v) in self._literals for v in e.values):
+                self._literals.add(e)
             for v in e.outputs:
                 self.producer[v] = e
         self._roots = {*block.inputs, *block.constants}
@@ -63,8 +70,21 @@ class Graph:
 
     def literal(self, e: Equation) -> bool:
         """Whether nothing but literals goes into `e`: no input, no constant, no effect."""
-        producers = [self.producer.get(v) for v in e.values]
-        return not e.eqn.effects and all(q is not None and self.literal(q) for q in producers)
+        return e in self._literals
+
+    def literal_value(self, value: Value) -> np.ndarray:
+        """What equations of literals alone compute."""
+        wanted, steps = {value}, []
+        for e in reversed(self.equations):
+            if any(v in wanted for v in e.outputs):
+                wanted.update(e.values)
+                steps.append(e)
+        env: dict[Atom, Any] = {}
+        with jax.ensure_compile_time_eval():
+            for e in reversed(steps):
+                values = [a.value if isinstance(a, Constant) else env[a] for a in e.inputs]
+                env.update(zip(e.outputs, e.evaluate(*values), strict=True))
+        return np.asarray(env[value])
 
     def free(self, e: Equation) -> bool:
         return e not in self.claims

@@ -20,6 +20,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from . import _compat
+from .errors import InputError
 from .program import Atom, Body, Constant, Equation, Group, Loop, Op, Step
 from .rules import Layer, Rule
 
@@ -48,8 +49,8 @@ class Interpreter:
 
     def __init__(self, body: Body, report: Report | None = None):
         self.body = body
-        self._index = {op: i for i, op in enumerate(body.ops())}
-        self._ends = {loop: -1 - k for k, loop in enumerate(loops(body.steps))}
+        self._index: dict[Op | Loop, int] = {op: i for i, op in enumerate(body.ops())}
+        self._index |= {loop: -1 - k for k, loop in enumerate(loops(body))}
         self._report = report
         self._jitted: dict[Group, Any] = {}
 
@@ -99,9 +100,13 @@ class Interpreter:
             else:
                 call.__name__ = str(params["name"])
                 call = jax.jit(call)
-            self._jitted[group] = call, [self._index[op] for op in Body((), (), {}, group.steps).ops()]
+            self._jitted[group] = call, self._within(Body((), (), {}, group.steps))
         function, own = self._jitted[group]
         return function(settings.of(own), inputs)
+
+    def _within(self, body: Body) -> list[int]:
+        """The positions of the Ops and loops in a body."""
+        return [self._index[s] for s in lead(body)]
 
     def _loop(self, loop: Loop, settings: Settings, inputs: list[Any]) -> Sequence[Any]:
         e = loop.equation
@@ -112,13 +117,12 @@ class Interpreter:
             return lax.switch(inputs[0], branches, *inputs[1:])
         consts, carries = _compat.scan_arity(e.params)
         (body,) = loop.bodies
-        ends = settings.probes.get(self._ends.get(loop, 0))
+        ends = settings.probes.get(self._index[loop])
         if ends is not None:
             inputs = [*inputs]
             for j, c in enumerate(loop.constants):
                 inputs[consts + c] = _ending(inputs[consts + c], ends[j])
-        own = [self._index[op] for op in body.ops()]
-        probes = settings.of(own).probes
+        probes = settings.of(self._within(body)).probes
 
         def step(carry: tuple[Any, ...], xs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             probes, xs = xs
@@ -146,20 +150,14 @@ def _ending(value: jax.Array, probe: jax.Array) -> jax.Array:
 _ending.defvjp(lambda value, probe: (value, None), lambda _, r: (None, r.sum().astype(jnp.float32)))
 
 
-def loops(steps: Sequence[Step]) -> list[Loop]:
-    """The loops among the steps that are not themselves inside a loop."""
-    found = []
-    for s in steps:
-        if isinstance(s, Loop):
-            found.append(s)
-        elif isinstance(s, Group):
-            found += loops(s.steps)
-    return found
+def loops(body: Body) -> list[Loop]:
+    """Every loop, those inside loops included, in program order."""
+    return [s for s in lead(body) if isinstance(s, Loop)]
 
 
-def lead(body: Body) -> dict[Op, tuple[int, ...]]:
-    """The lengths of the scans around each Op: the leading axes of its probe."""
-    found: dict[Op, tuple[int, ...]] = {}
+def lead(body: Body) -> dict[Op | Loop, tuple[int, ...]]:
+    """The lengths of the scans around each Op and loop: the leading axes of its probe."""
+    found: dict[Op | Loop, tuple[int, ...]] = {}
 
     def walk(steps: Sequence[Step], around: tuple[int, ...]) -> None:
         for s in steps:
@@ -168,6 +166,7 @@ def lead(body: Body) -> dict[Op, tuple[int, ...]]:
             elif isinstance(s, Group):
                 walk(s.steps, around)
             elif isinstance(s, Loop):
+                found[s] = around
                 scanned = s.equation.primitive is p.scan_p
                 for b in s.bodies:
                     walk(b.steps, (*around, s.equation.params["length"]) if scanned else around)
@@ -201,7 +200,7 @@ def apply(
         relevance = relevance.astype(layer.dtype)
         if mask is not None:
             relevance = relevance * jnp.asarray(mask, layer.dtype)
-        received = rule.propagate(layer, relevance)
+        received = _checked(op, rule, rule.propagate(layer, relevance))
         row = report(layer, rule, relevance, received) if probed and report is not None else None
         dtypes = [v.aval.dtype for v in op.inputs]
         sent = [jnp.asarray(r).astype(d) for r, d in zip(received, dtypes, strict=True)]
@@ -210,6 +209,19 @@ def apply(
     function = jax.custom_vjp(evaluate)
     function.defvjp(forward, backward)
     return function(rule, inputs, params, probe, mask)
+
+
+def _checked(op: Op, rule: Rule, received: Any) -> Sequence[jax.Array]:
+    """What a rule returned, if it is one array for each data input."""
+    several = isinstance(received, (tuple, list))
+    shapes = tuple(getattr(r, "shape", None) for r in received) if several else None
+    if shapes != op.in_shapes:
+        found = f"arrays of shapes {shapes}" if several else f"a {type(received).__name__}"
+        raise InputError(
+            f"{type(rule).__name__} at {op.name} ({op.kind}, {op.source}): propagate must return a tuple with one "
+            f"array for each data input, of shapes {op.in_shapes}; it returned {found}"
+        )
+    return received
 
 
 _KEPT = ("inputs", "params", "output")

@@ -17,7 +17,7 @@ from .program import Atom, Body, Group, Loop, Op, Step, Value
 
 _NAMED = ("dense", "conv", "scale", "batch_norm", "embedding")
 _WEIGHTED = ("dense", "conv")
-_RAW = ("structural", "scale", "batch_norm", "blocked")
+_RAW = ("structural", "scale", "batch_norm", "resize", "blocked")
 
 Before = tuple[bool, int]  # only structural steps so far; depth
 After = tuple[int, frozenset[str]]  # height; kinds that can be reached
@@ -112,7 +112,9 @@ class _Places:
             name = op.paths[0].rpartition("/")[0] or op.paths[0]
         elif op.kind in _WEIGHTED:
             # parameters were closed over: the name stack if the model leaves one, else the position
-            name = op.scope or f"{op.kind}[{self.positions[op.kind]}]"
+            # but for what JAX itself writes there: the transformations, and an einsum's formula
+            scope = "/".join(s for s in op.scope.split("/") if not s.endswith("()") and "->" not in s)
+            name = scope or f"{op.kind}[{self.positions[op.kind]}]"
             self.positions[op.kind] += 1
         else:
             name = op.label

@@ -197,3 +197,46 @@ def grid(
     limit, label = (limits[0, 0] or 1.0, "relevance") if np.ptp(limits) == 0 else (1.0, "relevance / scale")
     _finish(figure, axes, colorbar, limit, label, cmap, save)
     return figure
+
+
+_KEPT = {"bias": "#c98500", "stabiliser": "#7a6fbd", "dropped": "#8a8a8a", "ended": "#2b8a7e", "created": "#b3261e"}
+
+
+def ledger(
+    ledger: Any, *, example: int | None = None, title: str | None = None, save: str | PathLike | None = None
+) -> Figure:
+    """Draws where relevance went, one bar per layer, from the output (top) to the input, and returns the Figure.
+
+    `ledger` is what `jaxlrp.evaluate.conservation(f, composite)(*args)` returned. Bars show what each layer kept (bias,
+    stabiliser, dropped, ended), in units of |start|; `created` points the other way. The last bar is what reached the
+    explained input. Means over the examples, or one `example`. InputError for an example that does not exist.
+    """
+    count = len(ledger.start)
+    if example is not None and not -count <= example < count:
+        raise InputError(f"example={example!r}: the ledger has {count} examples, 0 to {count - 1}")
+
+    def number(values: Any) -> float:
+        return float(np.mean(values) if example is None else values[example])
+
+    rows = list(ledger)[::-1]
+    names = [f"{r.name} ({r.rule})" if r.rule else r.name for r in rows] + ["explained input"]
+    unit = abs(number(ledger.start)) or 1.0
+    figure = Figure(figsize=(7, 0.22 * len(names) + 1.2), layout="compressed")
+    ax = figure.add_subplot()
+    ends = np.zeros((2, len(names)))  # where the bars have come to, to the right and to the left
+    for column, colour in _KEPT.items():
+        sign = -1 if column == "created" else 1
+        values = np.array([sign * number(getattr(r, column)) / unit for r in rows] + [0.0])
+        left = np.where(values >= 0, ends[0], ends[1])
+        ax.barh(range(len(names)), values, left=left, color=colour, label=column)
+        ends += np.stack([np.maximum(values, 0), np.minimum(values, 0)])
+    ax.barh(len(names) - 1, number(ledger.received) / unit, color="0.2", label="received")
+    ax.set_yticks(range(len(names)), labels=names, fontsize=7)
+    ax.invert_yaxis()
+    ax.axvline(0, color="0.6", linewidth=0.5)
+    ax.set(xlabel="share of the start relevance", title=title or "")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7, frameon=False)
+    if save is not None:
+        figure.savefig(save, dpi=200, bbox_inches="tight")
+    return figure

@@ -179,6 +179,11 @@ class Op:
         return str((self.linear.core if self.linear else leaves(self.steps)[-1]).primitive)
 
     @property
+    def splits(self) -> bool:
+        """Whether what makes the output makes others too."""
+        return any(self.output in e.outputs and len(e.outputs) > 1 for e in leaves(self.steps))
+
+    @property
     def in_shapes(self) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(v.aval.shape) for v in self.inputs)
 
@@ -211,12 +216,13 @@ Step = Equation | Op | Group | Loop
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Body:
-    """A recognised block."""
+    """A recognised block. carries: which of its outputs depend on the data, so that relevance may start there."""
 
     inputs: tuple[Value, ...]
     outputs: tuple[Atom, ...]
     constants: dict[Value, Any]
     steps: tuple[Step, ...]
+    carries: tuple[bool, ...] = ()
 
     def ops(self) -> Iterator[Op]:
         """Every Op, loops' bodies included, in program order."""

@@ -1,8 +1,8 @@
 """Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
 
-Order of claims: softmax, activations, linear runs, trees of adds, runs of scales, and what nothing claims
-stays an Op of one equation. An Op's inner values are read nowhere else, so replacing it by a `custom_vjp` whose forward
-pass is its own equations never changes the forward value.
+Order of claims: softmax, local response normalisation, norms, activations, linear runs, trees of adds, runs of scales,
+and what nothing claims stays an Op of one equation. An Op's inner values are read nowhere else, so replacing it by a
+`custom_vjp` whose forward pass is its own equations never changes the forward value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from .activations import claim_activations
 from .facts import Facts
 from .graph import Draft, Graph
 from .kinds import kind_of
+from .norms import claim_norms
 from .program import Block, Body, Equation, Group, Loop, Op, Step, Wrapper, leaves
+from .response import claim_response
 from .runs import claim_linear, parameter_step
 from .softmax import claim_softmax
 from .source import source_of
@@ -26,6 +28,8 @@ def recognise(block: Block, facts: Facts) -> Body:
     """Groups the block's equations, and those of the loops in it, into Ops."""
     graph = Graph(block, facts)
     claim_softmax(graph)
+    claim_norms(graph)
+    claim_response(graph)
     claim_activations(graph)
     claim_linear(graph)
     _claim_adds(graph)
@@ -34,7 +38,9 @@ def recognise(block: Block, facts: Facts) -> Body:
         if graph.free(e) and not (e.bodies and graph.carries(e)):
             _claim_single(graph, e)
     _absorb(graph)
-    return Body(block.inputs, block.outputs, block.constants, tuple(_lower(graph, block.nodes, {})))
+    steps = tuple(_lower(graph, block.nodes, {}))
+    carries = tuple(graph.fact(a).data for a in block.outputs)
+    return Body(block.inputs, block.outputs, block.constants, steps, carries)
 
 
 def _claim_adds(graph: Graph) -> None:
@@ -155,7 +161,7 @@ def _constant_carries(graph: Graph, e: Equation) -> tuple[int, ...]:
 
 
 def _group(graph: Graph, node: Wrapper, inside: set[Equation], steps: list[Step]) -> Group:
-    made = {v for e in inside for v in e.outputs}
+    made = dict.fromkeys(v for e in graph.equations if e in inside for v in e.outputs)
     inputs = dict.fromkeys(v for e in (*inside, *_nodes(steps)) for v in e.values if v not in made)
     outputs = [v for v in made if v in graph.results or any(r not in inside for r in graph.readers.get(v, []))]
     return Group(node, tuple(steps), tuple(inputs), tuple(outputs))

@@ -54,9 +54,16 @@ def parameter_step(graph: Graph, e: Equation) -> Atom | None:
 
 
 def _interpolates(graph: Graph, core: Equation) -> bool:
-    """Whether the kernel is made of literals alone, as that of `jax.image.resize` is."""
-    kernels = [graph.producer.get(v) for v in core.values if not graph.fact(v).derived]
-    return bool(kernels) and all(e is not None and graph.literal(e) for e in kernels)
+    """Whether the kernel is made of literals alone and takes means, as that of `jax.image.resize` does."""
+    kernels = [v for v in core.values if not graph.fact(v).derived]
+    if len(kernels) != 1 or kernels[0].aval.size > 2**24 or not (e := graph.producer.get(kernels[0])):
+        return False
+    if not graph.literal(e):
+        return False
+    axes = kernel_axes(core, graph.data(core)[0]) or {}
+    kernel = graph.literal_value(kernels[0])
+    sums = kernel.sum(tuple(i for i in range(kernel.ndim) if i not in axes.values()))
+    return bool((np.isclose(sums, 1, atol=1e-3) | (sums == 0)).all())
 
 
 def _forward(graph: Graph, core: Equation, kind: str) -> Draft:
@@ -82,10 +89,10 @@ def _forward(graph: Graph, core: Equation, kind: str) -> Draft:
                 break
             if axes is not None:
                 varying = _varying(graph, other)
-                if not varying <= axes.keys():
+                if e.primitive in _FACTORS and not varying <= axes.keys():
                     break
                 if e.primitive in _FACTORS or e.primitive is p.sub_p:
-                    scales.append((e, {a: axes[a] for a in sorted(varying)}))
+                    scales.append((e, {a: axes[a] for a in sorted(varying & axes.keys())}))
         after.append(e)
         value = e.outputs[0]
     assert isinstance(value, Value)
@@ -131,7 +138,7 @@ def _zero_pad(graph: Graph, e: Equation) -> bool:
     return isinstance(value, Constant) and not np.any(np.asarray(value.value))
 
 
-def kernel_axes(core: Equation, data: Value) -> Axes | None:
+def kernel_axes(core: Equation, data: Atom) -> Axes | None:
     """Which axes of the core's output are output axes of its kernel; None for a core without a kernel."""
     if core.primitive is p.conv_general_dilated_p:
         numbers = core.params["dimension_numbers"]

@@ -108,10 +108,26 @@ class _Named(Selector):
 
     def check(self, ops: Sequence[Op]) -> None:
         if not any(self.matches(op) for op in ops):
-            known = list(dict.fromkeys(op.name for op in ops if op.paths or op.kind in _WEIGHTED))
-            shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
             pattern = self.pattern.pattern if isinstance(self.pattern, re.Pattern) else self.pattern
-            raise SelectorError(f"named({pattern!r}) matches no layer; the layers are: {shown or 'none has a name'}")
+            raise SelectorError(f"named({pattern!r}) matches no layer; the layers are: {_shown(ops)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exactly(Selector):
+    name: str
+
+    def matches(self, op: Op) -> bool:
+        return op.name == self.name
+
+    def check(self, ops: Sequence[Op]) -> None:
+        if not any(self.matches(op) for op in ops):
+            raise SelectorError(f"exactly({self.name!r}) matches no layer; the layers are: {_shown(ops)}")
+
+
+def _shown(ops: Sequence[Op]) -> str:
+    """The names that a person may have meant."""
+    known = list(dict.fromkeys(op.name for op in ops if op.paths or op.kind in _WEIGHTED))
+    return ", ".join(known[:12]) + (", ..." if len(known) > 12 else "") or "none has a name"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +185,16 @@ def named(pattern: str | re.Pattern[str]) -> Selector:
     if not isinstance(pattern, (str, re.Pattern)):
         raise SelectorError(f"named({pattern!r}): the pattern must be a string or a compiled regular expression")
     return _Named(pattern)
+
+
+def exactly(name: str) -> Selector:
+    """The one Op of this name in the plan, taken literally: of two Ops that share weights, only the one meant.
+
+    A name that no layer of the explained function has is a SelectorError.
+    """
+    if not isinstance(name, str):
+        raise SelectorError(f"exactly({name!r}): the name must be a string, as the plan shows it")
+    return _Exactly(name)
 
 
 def first(*kinds: str) -> Selector:

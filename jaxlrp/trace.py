@@ -45,13 +45,16 @@ def _is_array(leaf: Any) -> bool:
 
 
 def check_argnums(fun: Callable, argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
+    if not isinstance(argnums, (int, Sequence)):
+        raise InputError(f"argnums={argnums!r} is a {type(argnums).__name__}: write an integer or a tuple of integers")
     wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     for i in wanted:
         if isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count:
             name = getattr(fun, "__name__", repr(fun))
             raise InputError(
                 f"argnums={argnums!r} does not exist: {name} was called with {count} positional argument(s); "
-                f"write an integer from 0 to {count - 1} (the explained argument must be passed by position)"
+                + (f"write an integer from 0 to {count - 1} " if count else "")
+                + "(the explained argument must be passed by position)"
             )
     places = tuple(i % count for i in wanted)
     if len(set(places)) != len(places):

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("PIL")
 
+from jaxlrp import composites, plan  # noqa: E402
 from jaxlrp.demo import checkpoint, cnn, efficientnet, photos
 
 
@@ -37,6 +38,16 @@ def test_cnn_classifies_its_images() -> None:
     logits = model.apply(variables, cnn.normalise(images))
     assert logits.shape == (12, 10) and logits.dtype == jnp.float32
     assert logits.argmax(-1).tolist() == labels.tolist()
+
+
+def test_cnn_with_response_normalisation_classifies_its_images() -> None:
+    """And the normalisation counts there: without it the network is another."""
+    model, variables, images, labels, _ = cnn.load(cnn.BUNDLED_RESPONSE)
+    assert model.response and "batch_stats" not in variables and len(images) == 12
+    logits = model.apply(variables, cnn.normalise(images))
+    assert logits.argmax(-1).tolist() == labels.tolist()
+    norms = [row for row in plan(model.apply, composites.epsilon(), argnums=1)(variables, images[:1] / 1.0)]
+    assert [row.kind for row in norms].count("local_response_norm") == 3
 
 
 def test_cnn_has_the_stated_size() -> None:
@@ -76,10 +87,10 @@ def test_training_reads_idx_and_fits(tmp_path: Path) -> None:
     x, y = train.read_split(tmp_path, "train")
     assert (x[..., 0] == images).all() and (y == labels).all()
 
-    once, again = (train.fit(x, y, epochs=1, seed=0) for _ in range(2))
+    once, again = (train.fit(cnn.FashionCNN(), x, y, epochs=1, seed=0) for _ in range(2))
     assert described(once) == described(cnn.load()[1])
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), once, again))
-    assert train.predict(once, x).shape == (train.BATCH,)
+    assert train.predict(cnn.FashionCNN(), once, x).shape == (train.BATCH,)
 
     with pytest.raises(FileNotFoundError, match="t10k-images-idx3-ubyte"):
         train.read_split(tmp_path, "t10k")

@@ -21,8 +21,22 @@ from jax.scipy.special import gammainc
 
 import jaxlrp
 import nets
-from jaxlrp import Composite, composites, gradients, kinds, logits, lrp, plan, rewrite, rules, select, value_and_lrp
+from jaxlrp import (
+    Composite,
+    composites,
+    gradients,
+    kinds,
+    logits,
+    lrp,
+    patterns,
+    plan,
+    rewrite,
+    rules,
+    select,
+    value_and_lrp,
+)
 from jaxlrp.errors import InputError, NoRuleError, SelectorError, TargetError, UnknownPrimitiveError
+from jaxlrp.nn import local_response_norm
 from nets import close, draw, linear, quick_compilation  # noqa: F401
 
 EPSILON, ZERO = composites.epsilon(), linear(rules.Zero())
@@ -165,6 +179,17 @@ case(InputError, lambda: run(lambda x: 1.0, EPSILON, "text"), "explained argumen
 case(InputError, lambda: run(lambda x: x["a"] @ W, EPSILON, {"a": X, "ids": np.arange(3)}), "(ids) .. int64")
 case(InputError, lambda: gradients.gradient(lambda x: 2.0 * x)(np.arange(3)), "int64 .. floating-point")
 case(InputError, lambda: logits(lambda x: (x, x))(X), "one array as output .. 2")
+TWO_ENDS = lambda x: jnp.concatenate([jax.nn.softmax(x), jax.nn.softmax(2 * x)])
+case(InputError, lambda: logits(TWO_ENDS)(X), "ends in softmax .. softmax#2 .. returns what enters it")
+case(InputError, lambda: logits(lambda x: lax.map(jax.nn.softmax, x))(X), "ends in softmax .. returns what enters it")
+case(InputError, lambda: run(dense, argnums=np.int64(0)), "argnums= .. int64 .. an integer or a tuple")
+SPLIT = lambda x: sum(jnp.split(jax.nn.relu(x @ W), [1, 2], -1)[1:2])
+case(InputError, lambda: run(SPLIT, masks={"split": 1.0}), "masks: 'split' has no one output .. layers that read it")
+case(UnknownPrimitiveError, lambda: run(lambda x: lax.atan2(x, x + 1)), "'atan2' .. combines 2 values .. on_unknown")
+case(InputError, lambda: gradients.simple_taylor(dense, root="zero"), "root='zero' .. write \"gradient\"")
+case(InputError, lambda: gradients.simple_taylor(dense, reach=0.0), "reach=0.0 .. positive")
+
+case(AttributeError, lambda: jaxlrp.nothing, "'jaxlrp' has no attribute 'nothing'")
 
 # NaN
 case(InputError, lambda: run_head(p=nan(HEAD)), "parameter 'head/kernel' of shape (4, 3) contains NaN")
@@ -251,6 +276,8 @@ case(SelectorError, lambda: select.named(3), "named(3) .. string")
 case(SelectorError, lambda: run_head(row(select.named("tail*"), rules.Zero())), "named('tail*') .. no layer .. head")
 case(SelectorError, lambda: run(MLP, row(select.named(re.compile("^t")), rules.Zero())), "'^t' .. dense[0], dense[1]")
 case(SelectorError, lambda: run_head(row(~select.named("a") & select.kind("dense"), rules.Zero())), "named('a')")
+case(SelectorError, lambda: select.exactly(3), "exactly(3) .. string")
+case(SelectorError, lambda: run_head(row(select.exactly("he*"), rules.Zero())), "exactly('he*') .. no layer .. head")
 case(SelectorError, lambda: select.depth(0, 1.5), "depth(0, 1.5) .. integers")
 case(SelectorError, lambda: select.where("dense"), "where('dense') .. callable")
 case(SelectorError, lambda: select.kind("dense") & "conv", "'conv' is no selector .. select.kind(")
@@ -294,6 +321,45 @@ case(InputError, lambda: rules.ZBox(np.asarray([0.0, 2.0]), 1.0), "ZBox( .. low 
 case(InputError, lambda: rules.ZBox(np.zeros(3), np.ones(4)), "ZBox( .. (3,) .. (4,)")
 case(InputError, lambda: rules.ZBox(-1.0, np.nan), "ZBox(high=nan) .. must be a finite number")
 case(InputError, lambda: rules.ZBox(-np.inf, 1.0), "ZBox(low=-inf) .. must be")
+
+# patterns
+for rule in (rules.PatternNet, rules.PatternAttribution):
+    case(
+        InputError,
+        lambda rule=rule: run(dense, linear(rule(W.T))),
+        f"{rule.__name__} .. (3, 4) is not of the kernel's shape (4, 3) of dense[0] ({at('dense')}",
+    )
+    case(InputError, lambda rule=rule: rule(nan(W)), f"{rule.__name__}: the pattern of shape (4, 3) holds NaN")
+case(SelectorError, lambda: run(MLP, composites.pattern_net({"tail": W})), "exactly('tail') .. no layer .. dense[0]")
+case(NoRuleError, lambda: run(MLP, composites.pattern_net({"dense[1]": PARAMETERS[1][0]})), "dense[0]")
+case(InputError, lambda: patterns.fit(dense, [X], estimator="ridge"), "estimator='ridge' .. 'auto' or 'two_component'")
+case(InputError, lambda: patterns.fit(dense, X), "batches is one array of shape (3, 4) .. write [array]")
+case(InputError, lambda: patterns.fit(dense, iter(())), "batches is empty")
+case(InputError, lambda: patterns.fit(dense, [X, nan(X)]), "dense[0] .. not finite")
+case(InputError, lambda: patterns.fit(lambda x: x @ nan(W), [X]), "dense[0] .. not finite")
+case(InputError, lambda: patterns.fit(lambda w: lax.conv(IMAGE, w, (1, 1), "SAME"), [KERNEL]), "conv[0] .. is the data")
+case(
+    InputError,
+    lambda: patterns.fit(lambda x: lax.scan(lambda x, w: (x @ w, None), x, draw(5, 2, 4, 4))[0], [X]),
+    "other weights in other iterations of a scan .. loop over layers in Python",
+)
+case(InputError, lambda: patterns.fit(head, [(HEAD, X), ({"head": {"kernel": -W}}, X)], 1), "head .. in other batches")
+case(
+    InputError,
+    lambda: patterns.fit(lambda x: lax.cond(x.sum() > 1e9, dense, lambda x: x[:, :3], x), [X]),
+    "was not run by any batch .. cond",
+)
+
+# local response normalisation
+case(InputError, lambda: rules.LocalResponseTaylor("raw"), "LocalResponseTaylor(messages='raw') .. \"normalised\" or")
+case(InputError, lambda: local_response_norm(np.arange(4)), "dtype int64 .. floating point")
+case(InputError, lambda: local_response_norm(X, size=0), "size=0 .. an integer >= 1")
+case(InputError, lambda: local_response_norm(X, alpha_per="unit"), "alpha_per='unit' .. \"window\" or")
+case(InputError, lambda: local_response_norm(X, k=0.0), "k=0.0 .. finite number > 0")
+case(InputError, lambda: local_response_norm(X, alpha=np.inf), "alpha=inf .. finite number >= 0")
+case(InputError, lambda: local_response_norm(X, axis=2), "axis=2 .. 2 axes .. 0 to 1")
+case(InputError, lambda: local_response_norm(X, axis=(0, -2)), "axis=(0, -2) .. each axis once")
+case(AttributeError, lambda: jaxlrp.nn.LayerNorm, "'LayerNorm' .. LocalResponseNorm")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -94,3 +94,77 @@ def test_errors(method):
         method(MLP, argnums=1)(X)
     with pytest.raises(errors.InputError, match="int"):
         method(lambda x: 2.0 * x)(np.arange(3))
+
+
+# ---------------------------------------------------------------------------------------------------- simple Taylor
+
+
+def test_simple_taylor_of_a_linear_function():
+    """f = w x + b: the nearest root along the gradient is x - f w / |w|^2, and the relevance sums to f."""
+    w, b = draw(31, 4), 0.7
+    relevance, root = gradients.simple_taylor(lambda x: x @ w + b, report=True)(X[0])
+    f = X[0] @ w + b
+    np.testing.assert_allclose(root.point, X[0] - f * w / (w @ w), rtol=1e-10)
+    np.testing.assert_allclose(relevance, w * f * w / (w @ w), rtol=1e-10)
+    np.testing.assert_allclose(root.distance, abs(f) / np.sqrt(w @ w), rtol=1e-10)
+    np.testing.assert_allclose((root.start, relevance.sum()), (f, f), rtol=1e-10)
+    assert abs(root.value) < 1e-10 * abs(f)
+
+
+@pytest.mark.parametrize("target", [None, 1, np.asarray([0, 2, 1, 1, 0])], ids=["none", "one", "each"])
+def test_simple_taylor_on_a_segment(target):
+    """The definition, one example at a time: the first root between x and the reference, by a scan of the segment."""
+    reference = -2.0 * X
+    explain = gradients.simple_taylor(MLP, target=target, root=reference, steps=200, report=True)
+    relevance, root = jax.jit(explain)(X)
+    for n in range(len(X)):
+        pick = (lambda y: y.sum()) if target is None else (lambda y, n=n: y[np.broadcast_to(target, len(X))[n]])
+        f = lambda x, pick=pick: pick(MLP(x))
+        line = [X[n] + t * (reference[n] - X[n]) for t in np.linspace(0, 1, 201)]
+        values = np.asarray([f(x) for x in line])
+        crossed = np.flatnonzero(np.sign(values) != np.sign(values[0]))
+        assert root.start[n] == pytest.approx(float(values[0]))
+        if len(crossed):
+            assert abs(root.value[n]) < 1e-12 * abs(values).max()
+            k = crossed[0]
+            low, high = np.linalg.norm(line[k - 1] - X[n]), np.linalg.norm(line[k] - X[n])
+            assert low <= root.distance[n] <= high
+        else:
+            np.testing.assert_allclose(abs(root.value[n]), abs(values).min(), rtol=1e-9)
+        slope = jax.grad(f)(root.point[n])
+        np.testing.assert_allclose(relevance[n], slope * (X[n] - root.point[n]), rtol=1e-7, atol=1e-10)
+
+
+def test_simple_taylor_at_a_given_root():
+    """With a root of the user's own: the point itself, whatever f is there, and two explained arguments."""
+    origin = gradients.simple_taylor(MLP, target=0, root=lambda x: 0 * x, report=True)
+    relevance, root = origin(X)
+    close(relevance, jax.grad(lambda x: MLP(x)[:, 0].sum())(0 * X) * X)
+    close(root.value, MLP(0 * X)[:, 0])
+    pair = gradients.simple_taylor(lambda a, b: (a * b).sum(), (0, 1), root=lambda a, b: (a / 2, b / 2))(X, 2 * X)
+    close(pair, (X * X / 2, X * X / 2))
+
+
+def test_simple_taylor_is_gradient_x_input_where_f_has_no_bias():
+    """On a bias-free ReLU network the origin is a root of the same linear piece, reached in the limit."""
+    f = lambda x: jax.nn.relu(x @ draw(32, 4, 6)) @ draw(33, 6, 3)
+    near = gradients.simple_taylor(f, target=2, root=lambda x: 1e-9 * x)
+    close(near(X), gradients.gradient_x_input(f, target=2)(X), 1e-7)
+
+
+def test_simple_taylor_under_transformations():
+    one = gradients.simple_taylor(MLP, target=1)
+    right = one(X)
+    close(jax.jit(one)(X), right, 1e-9)
+    close(jax.vmap(one)(X), right, 1e-9)
+    half = gradients.simple_taylor(lambda x: MLP(x).astype(np.float32), target=1)(X.astype(np.float32))
+    assert half.dtype == np.float32
+
+
+def test_simple_taylor_errors():
+    with pytest.raises(errors.InputError, match="root='origin'.*write"):
+        gradients.simple_taylor(MLP, root="origin")
+    with pytest.raises(errors.InputError, match="steps=0.*positive"):
+        gradients.simple_taylor(MLP, steps=0)
+    with pytest.raises(errors.TargetError, match="3 is out of range"):
+        gradients.simple_taylor(MLP, target=3)(X)

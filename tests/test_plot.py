@@ -3,11 +3,14 @@
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlrp import composites
 from jaxlrp.errors import InputError
+from jaxlrp.evaluate import conservation
 
 matplotlib = pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
@@ -288,6 +291,34 @@ def test_bad_input_names_itself_and_the_way_out(call, says):
 def test_an_unknown_colour_map_is_an_error():
     with pytest.raises(ValueError, match="no_such_map"):
         plot.rgb(MAP, cmap="no_such_map")
+
+
+# ---- the ledger
+
+
+def test_ledger_shows_what_each_layer_kept(tmp_path):
+    """One bar per layer and kind of loss, in units of the start; the lengths are the ledger's own numbers."""
+    w, b = np.asarray([[1.0, -2.0], [0.5, 1.0]]), np.asarray([0.5, -0.25])
+    f = lambda x: jax.nn.relu(x @ w + b) @ w
+    audit = conservation(f, composites.epsilon(0.1), target=0)(np.asarray([[1.0, 2.0], [3.0, 0.5]]))
+    for example in (None, 1):
+        pick = (lambda v: v.mean()) if example is None else (lambda v: v[1])
+        figure = plot.ledger(audit, example=example, title="mine", save=tmp_path / "ledger.png")
+        (ax,) = figure.axes
+        drawn = {group.get_label(): [bar.get_width() for bar in group] for group in ax.containers}
+        rows, unit = list(audit)[::-1], abs(pick(audit.start))
+        assert [t.get_text() for t in ax.get_yticklabels()] == [f"{r.name} ({r.rule})" for r in rows] + [
+            "explained input"
+        ]
+        for column in ("bias", "stabiliser", "dropped", "ended"):
+            right = [pick(getattr(r, column)) / unit for r in rows]
+            np.testing.assert_allclose(drawn[column][:-1], right, atol=1e-12)
+        np.testing.assert_allclose(drawn["received"], pick(audit.received) / unit)
+        total = sum(sum(drawn[c]) for c in drawn)
+        np.testing.assert_allclose(total, pick(audit.start) / unit, rtol=1e-5)
+    assert (tmp_path / "ledger.png").stat().st_size > 1000
+    with pytest.raises(InputError, match="example=2.*2 examples"):
+        plot.ledger(audit, example=2)
 
 
 # ---- the house

@@ -1,4 +1,4 @@
-"""What `jaxlrp demo` shows: two trained networks, the plan, the prediction, whether relevance adds up, the heatmaps."""
+"""What `jaxlrp demo` shows of three trained networks: plan, prediction, whether relevance adds up, heatmaps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import Composite, composites, gradients, plan, plot, value_and_lrp
+from .. import Composite, composites, gradients, plan, plot, rules, select, value_and_lrp
 from . import cnn, efficientnet
 from . import photos as pictures
 
@@ -23,6 +23,19 @@ def fashion(file: Path, whole_plan: bool) -> None:
     chosen = images[:6]
     print("== A small CNN on Fashion-MNIST (28 x 28, trained by jaxlrp/demo/train.py)\n")
     _explain(model.apply, variables, cnn.normalise(chosen), names, _methods(), file, chosen / 255, whole_plan)
+
+
+def response(file: Path, whole_plan: bool) -> None:
+    """The same CNN with local response normalisation: explained as the identity, and by its Taylor expansion."""
+    model, variables, images, _, names = cnn.load(cnn.BUNDLED_RESPONSE)
+    chosen = images[:6]
+    taylor = Composite([(select.kind("local_response_norm"), rules.LocalResponseTaylor())])
+    bases = {"epsilon": composites.epsilon(), "alpha2_beta1": composites.epsilon_alpha2_beta1()}
+    methods: Methods = {"sensitivity": None}
+    for name, base in bases.items():
+        methods |= {f"{name}, identity": base, f"{name}, Taylor": taylor + base}
+    print("\n== The CNN with local response normalisation: the identity beside the Taylor expansion\n")
+    _explain(model.apply, variables, cnn.normalise(chosen), names, methods, file, chosen / 255, whole_plan)
 
 
 def photos(file: Path, whole_plan: bool) -> None:
@@ -59,10 +72,11 @@ def _explain(
     x = jnp.asarray(x)
     scores = np.asarray(jax.nn.softmax(apply(variables, x)))
     target = jnp.asarray(scores.argmax(-1))
-    shown = str(plan(apply, _box(), argnums=1)(variables, x)).splitlines()
+    name, shown_composite = [(n, c) for n, c in methods.items() if c is not None][-1]
+    shown = str(plan(apply, shown_composite, argnums=1)(variables, x)).splitlines()
     if not whole_plan and len(shown) > 16:
         shown[14:-1] = [f"... {len(shown) - 15} more layers (--plan shows them all)"]
-    print("The plan of epsilon_gamma_box:", *shown, sep="\n")
+    print(f"The plan of {name}:", *shown, sep="\n")
 
     print("\nTop classes:")
     for i, row in enumerate(scores):

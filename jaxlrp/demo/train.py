@@ -46,11 +46,10 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return read_idx(find("images-idx3"))[..., None], read_idx(find("labels-idx1"))
 
 
-def fit(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> dict[str, Any]:
+def fit(model: FashionCNN, images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> dict[str, Any]:
     """The variables after `epochs` passes of AdamW with one warm-up and one cosine decay."""
-    model = FashionCNN()
     variables = model.init(jax.random.key(seed), normalise(images[:1]))
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     steps = len(images) // BATCH * epochs
     schedule = optax.cosine_onecycle_schedule(steps, PEAK_LEARNING_RATE)
     optimiser = optax.adamw(schedule, weight_decay=1e-3)
@@ -58,7 +57,7 @@ def fit(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> dict[
     def loss(params: Any, batch_stats: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
         state = {"params": params, "batch_stats": batch_stats}
         logits, updates = model.apply(state, normalise(x), train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), updates["batch_stats"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), updates.get("batch_stats", {})
 
     @jax.jit
     def step(params: Any, batch_stats: Any, optimiser_state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, ...]:
@@ -76,12 +75,12 @@ def fit(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> dict[
             params, batch_stats, optimiser_state, value = step(params, batch_stats, optimiser_state, images[rows], y)
             losses.append(value)
         print(f"epoch {epoch + 1}: loss {np.mean(losses):.4f}, {time.perf_counter() - start:.0f} s", flush=True)
-    return {"params": params, "batch_stats": batch_stats}
+    return {"params": params, **({"batch_stats": batch_stats} if batch_stats else {})}
 
 
-def predict(variables: dict[str, Any], images: np.ndarray) -> np.ndarray:
+def predict(model: FashionCNN, variables: dict[str, Any], images: np.ndarray) -> np.ndarray:
     """The class of every image, (n,)."""
-    logits: Any = jax.jit(lambda x: FashionCNN().apply(variables, normalise(x)))
+    logits: Any = jax.jit(lambda x: model.apply(variables, normalise(x)))
     return np.concatenate([logits(part).argmax(-1) for part in np.split(images, range(1000, len(images), 1000))])
 
 
@@ -99,22 +98,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--response", action="store_true", help="with local response normalisation, without BatchNorm")
     options = parser.parse_args()
 
     images, labels = read_split(options.data, "train")
     test_images, test_labels = read_split(options.data, "t10k")
-    variables = fit(images, labels, options.epochs, options.seed)
-    print(f"test accuracy in float32 {np.mean(predict(variables, test_images) == test_labels):.4f}")
+    model = FashionCNN(response=options.response)
+    variables = fit(model, images, labels, options.epochs, options.seed)
+    print(f"test accuracy in float32 {np.mean(predict(model, variables, test_images) == test_labels):.4f}")
 
     # The file holds float16, half the size, so the images are chosen and the accuracy stated with those numbers.
     rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float16), variables)
-    predictions = predict(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded), test_images)
+    predictions = predict(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded), test_images)
     rows = choose(test_labels, predictions)
     arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in flatten_dict(rounded, sep="/").items()}
     np.savez_compressed(options.out, images=test_images[rows], labels=test_labels[rows], **arrays)
 
-    _, stored, *_ = load(options.out)
-    print(f"test accuracy of {options.out} {np.mean(predict(stored, test_images) == test_labels):.4f}")
+    model, stored, *_ = load(options.out)
+    print(f"test accuracy of {options.out} {np.mean(predict(model, stored, test_images) == test_labels):.4f}")
     print(f"{options.out.stat().st_size} bytes, test images {rows.tolist()}")
 
 

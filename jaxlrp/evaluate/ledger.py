@@ -148,13 +148,15 @@ def conservation(
             one = list(args)
         traced, body = analyse(fun, tuple(one), kwargs, argnums)
         check_nan(traced)
+        if not callable(target):  # an index is checked before it becomes a tracer
+            jax.eval_shape(lambda: start(fun(*args, **kwargs), target))
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
         titles, probes = _probes(body, rules)
         settings = Settings({i: rules[i] for i in titles if i >= 0})
         interpreter = Interpreter(body, _row)
 
-        def books(xs: list[Any], target: Target, arrays: list[Any]) -> tuple[Any, Any, Any]:
+        def books(xs: list[Any], target: Target, arrays: list[Any]) -> tuple[Any, Any, Any, Any]:
             arrays = list(arrays)
 
             def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
@@ -166,7 +168,8 @@ def conservation(
             value, pull = jax.vjp(forward, xs, probes)
             begun = start(value, target)
             received, rows = pull(begun)
-            return _sum(begun), _sum(received), rows
+            nowhere = [r for r, carries in zip(jax.tree.leaves(begun), body.carries, strict=True) if not carries]
+            return _sum(begun), _sum(received), _sum(nowhere), rows
 
         xs = jax.tree.leaves(explained)
         mapped = target is not None and not callable(target) and jnp.ndim(target) == 1
@@ -174,12 +177,15 @@ def conservation(
         function = jax.vmap(books, in_axes=axes, out_axes=-1) if batched else books
         traceable = target is None or not callable(target)
         if traceable:
-            begun, received, rows = jax.jit(function)(xs, target, list(traced.arrays))
+            begun, received, nowhere, rows = jax.jit(function)(xs, target, list(traced.arrays))
         else:
             run = jax.jit(lambda xs, arrays: function(xs, target, arrays))
-            begun, received, rows = run(xs, list(traced.arrays))
+            begun, received, nowhere, rows = run(xs, list(traced.arrays))
         found = [row for i, title in titles.items() for row in _rows(title, np.asarray(rows[i], np.float64), batched)]
-        return Ledger(tuple(found), *(np.atleast_1d(np.asarray(a, np.float64)) for a in (begun, received)))
+        begun, received, nowhere = (np.atleast_1d(np.asarray(a, np.float64)) for a in (begun, received, nowhere))
+        if not all(body.carries):
+            found.append(_ended("outputs without relevance", nowhere))
+        return Ledger(tuple(found), begun, received)
 
     return audited
 
@@ -190,14 +196,13 @@ def _probes(body: Body, rules: Sequence[Rule]) -> tuple[dict[int, tuple[str, str
     titles: dict[int, tuple[str, str, str]] = {}
     probes: dict[int, jax.Array] = {}
     for i, (op, rule) in enumerate(zip(body.ops(), rules, strict=True)):
-        several = sum(len(e.outputs) for e in op.steps) > 1 and op.kind in ("structural", "unknown")
-        if op.kind != "blocked" and not several:
+        if op.kind != "blocked" and not op.splits:
             titles[i] = (op.name, op.kind, type(rule).__name__)
             probes[i] = jnp.zeros((*lengths[op], len(COLUMNS)))
-    for k, loop in enumerate(loops(body.steps)):
+    for k, loop in enumerate(loops(body)):
         if loop.constants:
             titles[-1 - k] = (f"start of {loop.equation.primitive}", "constant", "")
-            probes[-1 - k] = jnp.zeros(len(loop.constants))
+            probes[-1 - k] = jnp.zeros((*lengths[loop], len(loop.constants)))
     return titles, probes
 
 
@@ -216,15 +221,20 @@ def _rows(title: tuple[str, str, str], numbers: np.ndarray, batched: bool) -> li
     if not batched:
         numbers = numbers[..., None]
     name, kind, rule = title
-    if kind == "constant":
-        arrived = numbers.sum(0)
-        zero = np.zeros_like(arrived)
-        return [LedgerRow(name, kind, rule, arrived, zero, zero, zero, zero, zero, arrived, np.abs(arrived))]
     found = []
     for index in np.ndindex(*numbers.shape[:-2]):
         where = "".join(f"[{i}]" for i in index)
-        found.append(LedgerRow(name + where, kind, rule, *numbers[index]))
+        if kind == "constant":
+            found.append(_ended(name + where, numbers[index].sum(0)))
+        else:
+            found.append(LedgerRow(name + where, kind, rule, *numbers[index]))
     return found
+
+
+def _ended(name: str, amount: np.ndarray) -> LedgerRow:
+    """Relevance that ends where no Op is."""
+    zero = np.zeros_like(amount)
+    return LedgerRow(name, "constant", "", amount, zero, zero, zero, zero, zero, amount, np.abs(amount))
 
 
 def _sum(tree: Any) -> jax.Array:

@@ -4,8 +4,11 @@ from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, S
 from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, divide, rule, stabilise
 from .domain import Flat, WSquare, ZBox
 from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
+from .normalisation import ConstantStatistics
+from .pattern import PatternAttribution, PatternNet
 from .pooling import AbsoluteShare, Proportional, Winner
 from .product import Uniform, UniformEpsilon
+from .response import LocalResponseTaylor
 
 __all__ = [
     "KERNEL",
@@ -13,6 +16,7 @@ __all__ = [
     "AbsoluteShare",
     "AlphaBeta",
     "BetaSmooth",
+    "ConstantStatistics",
     "DeconvNet",
     "Epsilon",
     "Flat",
@@ -22,8 +26,11 @@ __all__ = [
     "Gradient",
     "GuidedBackprop",
     "Layer",
+    "LocalResponseTaylor",
     "Norm",
     "Pass",
+    "PatternAttribution",
+    "PatternNet",
     "Proportional",
     "Rule",
     "SoftmaxTaylor",

@@ -10,27 +10,32 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from ..program import Constant, Op, leaves
-from .base import Layer, Rule, check_number, divide, rule
+from .base import NORMS, Layer, Rule, check_number, divide, rule
 
 
 @rule
 class Pass(Rule):
-    """Relevance passes unchanged: R_in = R_out; through a reshape or a slice it follows the values.
+    """Relevance passes unchanged: R_in = R_out; through a reshape, a slice or a resize it follows the
+    values.
 
-    For any layer with one data input and an output of the same shape. What arrives at a constant (padding, a token
-    joined to the data) ends there. Source: Bach et al. 2015: monotonous activations keep the relevance of their input.
+    For any layer with one data input and an output of the same shape, and for norms. What arrives at a constant
+    (padding, a token joined to the data) ends there. Source: Bach et al. 2015: monotonous activations keep the
+    relevance of their input.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
 
     def supports(self, op: Op) -> bool:
-        return op.kind in ("structural", "blocked") or op.in_shapes == (op.out_shape,)
+        return op.kind in ("structural", "blocked", "resize") or op.kind in NORMS or op.in_shapes == (op.out_shape,)
 
     def needs(self, op: Op) -> frozenset[str]:
-        return frozenset(("inputs", "params")) if op.kind == "structural" else self.uses
+        moves = op.kind in ("structural", "resize") or op.in_shapes != (op.out_shape,)
+        return frozenset(("inputs", "params")) if moves else self.uses
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        if layer.op.kind != "structural":
+        if layer.op.kind in NORMS and layer.op.in_shapes != (layer.op.out_shape,):
+            return jax.linear_transpose(layer.moved, layer.inputs[0])(relevance)
+        if layer.op.kind not in ("structural", "resize"):
             return (relevance,)
         _, pull = jax.vjp(layer.apply, *layer.inputs)
         received = pull(relevance)

@@ -11,7 +11,7 @@ with `jax.grad`), its choices (annotated `str` or `bool`) are static.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
@@ -22,6 +22,7 @@ from jax.extend.core import primitives as p
 
 from ..errors import InputError
 from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
+from ..runs import kernel_axes
 
 T = TypeVar("T", bound=type)
 
@@ -29,6 +30,7 @@ LINEAR = frozenset((
     "dense", "conv", "scale", "batch_norm", "add", "matmul", "avg_pool", "reduce", "resize",
 ))  # fmt: skip
 KERNEL = frozenset(("dense", "conv"))
+NORMS = frozenset(("layer_norm", "rms_norm", "group_norm"))  # and batch_norm, where the batch makes the statistics
 
 
 @dataclass_transform(frozen_default=True)
@@ -168,6 +170,16 @@ class Layer:
         env.update(zip(self.op.inputs, inputs, strict=True))
         return self._run(self.op.steps, env)[self.op.output]
 
+    def apply_holding(self, held: Collection[Any], *inputs: jax.Array) -> jax.Array:
+        """`apply`, with what these primitives give held constant: no derivative passes them."""
+        env: dict[Atom, Any] = dict(self._params)
+        env.update(zip(self.op.inputs, inputs, strict=True))
+        for e in leaves(self.op.steps):
+            self._run([e], env)
+            if e.primitive in held:
+                env.update({v: jax.lax.stop_gradient(env[v]) for v in e.outputs})
+        return env[self.op.output]
+
     def book(self, entry: str, amount: Callable[[], jax.Array]) -> None:
         """Adds the sum of `amount()` to an entry of the books, if there are any."""
         if self.books is not None:
@@ -177,6 +189,12 @@ class Layer:
     def offset(self) -> jax.Array:
         """What a linear layer gives where the data is zero: its bias, of whatever kind it is."""
         return self.bias if self.op.linear is not None else self.apply(*(jnp.zeros_like(x) for x in self.inputs))
+
+    @property
+    def occurrences(self) -> tuple[int, ...]:
+        """How often each data input stands in the layer: x + y + x has x twice."""
+        steps = leaves(self.op.steps)
+        return tuple(sum(a is v for e in steps for a in e.inputs) for v in self.op.inputs)
 
     def _cast(self, x: Any) -> Any:
         inexact = x is not None and jnp.issubdtype(jnp.result_type(x), jnp.floating)
@@ -266,6 +284,11 @@ class Layer:
         """The data at the core's entrance, preprocessing's factors included and its shifts left out."""
         return self.enter(self.inputs[0])
 
+    @cached_property
+    def entered(self) -> jax.Array:
+        """The data as the core reads it, the shifts of its preprocessing included."""
+        return self._before(self.inputs[0])
+
     @property
     def nonneg(self) -> bool:
         """Whether `active` is known to have no negative element."""
@@ -300,6 +323,22 @@ class Layer:
         (out,) = jax.linear_transpose(lambda x: self.forward(x, kernel), self.active)(s)
         return out
 
+    def per_unit(self, values: jax.Array) -> jax.Array:
+        """Sums of an output-shaped array over all positions of each unit; the result broadcasts to the kernel."""
+        linear = self._linear()
+        end = linear.core.outputs[0]
+        like = jax.ShapeDtypeStruct(end.aval.shape, self.dtype)
+        (values,) = jax.linear_transpose(lambda v: self._follow(linear.after, {end: v}, self.op.output), like)(values)
+        axes = kernel_axes(linear.core, linear.core.inputs[linear.slot]) or {}
+        values = values.sum([i for i in range(values.ndim) if i not in axes])
+        kept = [axes[i] for i in sorted(axes)]
+        values = values.transpose(sorted(range(len(kept)), key=kept.__getitem__))
+        return jnp.expand_dims(values, [i for i in range(self.kernel.ndim) if i not in kept])
+
+    def moved(self, x: jax.Array) -> jax.Array:
+        """`x`, shaped like the input, where its elements stand in the output of a norm."""
+        return self._follow(leaves(self.op.steps), {self.op.inputs[0]: x}, self.op.output)
+
     def _core(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         linear = self._linear()
         (out,) = self._evaluate(linear.core, [x, kernel] if linear.slot == 0 else [kernel, x])
@@ -316,7 +355,9 @@ class Layer:
     def _follow(self, steps: Sequence[Equation], env: dict[Atom, Any], end: Atom) -> jax.Array:
         """Through the reshapes among the steps, with padding of zeros, past the sums and products."""
         for e in steps:
-            value = next(env[a] for a in e.inputs if a in env)
+            value = next((env[a] for a in e.inputs if a in env), None)
+            if value is None or e.primitive is p.reduce_sum_p:  # a norm's statistics
+                continue
             if e.primitive is p.pad_p:
                 env[e.outputs[0]] = jax.lax.pad(value, jnp.zeros((), value.dtype), e.params["padding_config"])
             elif e.primitive in _MOVED:

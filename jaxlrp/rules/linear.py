@@ -83,7 +83,9 @@ def share(
     received = messages(layer, terms, s)
     if bias is not None and policy == "distribute":
         ones = [(layer.ones, jnp.ones_like(layer.kernel))]
-        received += messages(layer, ones, divide(s * bias, total(layer, ones)))
+        count = total(layer, ones)
+        received += messages(layer, ones, divide(s * bias, count))
+        layer.book("dropped", lambda: jnp.where(count == 0, s * bias, 0))  # of a unit that reads padding alone
     elif bias is not None:
         layer.book("bias", lambda: s * bias)
     if epsilon is not None:

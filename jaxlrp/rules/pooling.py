@@ -36,7 +36,8 @@ class Winner(Rule):
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         e = leaves(layer.op.steps)[-1]
         windowed = e.primitive in _OVER_WINDOWS
-        if not windowed and e.primitive not in _OVER_AXES or windowed and self.ties == "first":
+        dilated = windowed and max(e.params["window_dilation"]) > 1  # of these JAX has no derivative
+        if not windowed and e.primitive not in _OVER_AXES or windowed and self.ties == "first" and not dilated:
             # the derivative of a window is its first winner, of two values half each on ties, of logsumexp a softmax
             _, pull = jax.vjp(layer.apply, *layer.inputs)
             return pull(relevance)
@@ -81,7 +82,7 @@ class AbsoluteShare(Rule):
     uses: ClassVar[frozenset[str]] = frozenset(("inputs",))
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        sizes = [jnp.abs(x) for x in layer.inputs]
+        sizes = [n * jnp.abs(x) for n, x in zip(layer.occurrences, layer.inputs, strict=True)]
         z, pull = jax.vjp(lambda *xs: jnp.stack([jnp.broadcast_to(x, relevance.shape) for x in xs]).sum(0), *sizes)
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
         return tuple(x * g for x, g in zip(sizes, pull(divide(relevance, z)), strict=True))

@@ -26,9 +26,9 @@ class Uniform(Rule):
         if layer.op.kind in ("avg_pool", "reduce"):
             weights, pull = jax.vjp(layer.apply, jnp.ones_like(layer.inputs[0]))
             return pull(divide(relevance, weights))
-        count = len(layer.op.inputs)
+        counts = layer.occurrences
         _, pull = jax.vjp(lambda *xs: sum(jnp.broadcast_to(x, relevance.shape) for x in xs), *layer.inputs)
-        return pull(relevance / count)
+        return tuple(n * r for n, r in zip(counts, pull(relevance / sum(counts)), strict=True))
 
 
 @rule

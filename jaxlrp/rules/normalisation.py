@@ -1,0 +1,54 @@
+"""Normalisation by statistics of the data: LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm in training mode.
+
+    y = g (x - mean) / sigma + b
+
+`Pass`, the identity, is what composites give it unless told otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives as p
+
+from ..norms import ROOTS
+from .base import NORMS, Layer, Rule, check_choice, check_number, divide, rule, stabilise
+
+
+@rule
+class ConstantStatistics(Rule):
+    """The layer with sigma held constant, which makes it linear, explained by LRP-epsilon:
+
+        R_j = x_j sum_k J_jk R_k / (y_k + epsilon sign(y_k)),    J = dy/dx at constant sigma
+
+    epsilon: float >= 0; 0 drops the messages of units with y_k = 0. mean: "propagated" through the centring, or "held"
+    constant as well, which gives the mean its share. A bias keeps its share b / y. On a LayerNorm with epsilon 0 and a
+    propagated mean, R_j = x_j (s_j - mean(s)) with s = R g / (sigma y): the layer norm rule of Ali et al. 2022, eq. 12
+    and of RelevancePropagation.jl. Raises InputError for a negative epsilon, or another choice.
+    """
+
+    epsilon: Any = 1e-6
+    mean: str = "propagated"
+    kinds: ClassVar[frozenset[str]] = NORMS | {"batch_norm"}
+    uses: ClassVar[frozenset[str]] = frozenset(("inputs", "params"))
+
+    def __post_init__(self) -> None:
+        check_number(self, "epsilon", minimum=0)
+        check_choice(self, "mean", "propagated", "held")
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        (x,) = layer.inputs
+        held = ROOTS | ({p.reduce_sum_p} if self.mean == "held" else frozenset())
+        y, pull = jax.vjp(lambda x: layer.apply_holding(held, x), x)
+        divisor = stabilise(y, self.epsilon)
+        s = divide(relevance, divisor)
+        (pulled,) = pull(s)
+        layer.book("bias", lambda: s * (y - jax.jvp(lambda x: layer.apply_holding(held, x), (x,), (x,))[1]))
+        layer.book("stabiliser", lambda: s * (divisor - y))
+        layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
+        return (x * pulled,)
+
+
+__all__ = ["ConstantStatistics"]
