@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("flax")
 pytest.importorskip("PIL")
 
-from jaxlrp import composites, plan  # noqa: E402
+from jaxlrp import composites, plan
 from jaxlrp.demo import checkpoint, cnn, efficientnet, photos
 
 
@@ -46,8 +46,8 @@ def test_cnn_with_response_normalisation_classifies_its_images() -> None:
     assert model.response and "batch_stats" not in variables and len(images) == 12
     logits = model.apply(variables, cnn.normalise(images))
     assert logits.argmax(-1).tolist() == labels.tolist()
-    norms = [row for row in plan(model.apply, composites.epsilon(), argnums=1)(variables, images[:1] / 1.0)]
-    assert [row.kind for row in norms].count("local_response_norm") == 3
+    table = plan(model.apply, composites.epsilon(), argnums=1)(variables, images[:1] / 1.0)
+    assert [row.kind for row in table].count("local_response_norm") == 3
 
 
 def test_cnn_has_the_stated_size() -> None:

@@ -15,7 +15,7 @@ from jax import lax
 
 import nets
 import reference
-from jaxlrp import Composite, composites, lrp, rules, select
+from jaxlrp import Composite, composites, errors, lrp, rules, select
 from nets import draw, linear, quick_compilation  # noqa: F401
 from operations import OPERATIONS, Operation
 from reference import contributions, distribute, negative, positive
@@ -587,3 +587,31 @@ def test_excitation_backprop():
         return reference.zero(x, layers[0], reference.zero(a, layers[1], R))
 
     check([(f, composites.excitation_backprop(), right)], xs, np.eye(4)[:3])
+
+
+# ---------------------------------------------------------------------------------------------------- bounded ReLUs
+
+BOUNDED = {
+    "relu": (jax.nn.relu, np.inf),
+    "maximum": (lambda x: jnp.maximum(0.0, x), np.inf),
+    "relu6": (jax.nn.relu6, 6.0),
+    "clip": (lambda x: jnp.clip(x, 0, 6), 6.0),
+    "by hand": (lambda x: jnp.minimum(jnp.maximum(x, 0), 2.0), 2.0),
+}
+
+
+@pytest.mark.parametrize("relu, bound", BOUNDED.values(), ids=BOUNDED)
+def test_gradients_with_modified_relus_know_the_upper_bound(relu, bound):
+    x, R = np.linspace(-8.0, 8.0, 9), np.asarray([1.0, -2.0, 3.0] * 3)
+    explain = lambda composite: np.asarray(lrp(relu, composite, target=lambda y: R)(x))
+    np.testing.assert_allclose(explain(composites.deconvnet()), np.maximum(R, 0))
+    np.testing.assert_allclose(explain(composites.guided_backprop()), np.maximum(R, 0) * ((x > 0) & (x < bound)))
+    sigmoid = lambda v: 1 / (1 + np.exp(-3.0 * v))
+    smooth = sigmoid(x) - (sigmoid(x - bound) if np.isfinite(bound) else 0)
+    np.testing.assert_allclose(explain(composites.beta_smooth(3.0)), smooth * R, atol=1e-12)
+
+
+@pytest.mark.parametrize("f", [jnp.tanh, lambda x: jnp.clip(x, -1, 1), lambda x: jnp.maximum(x, 1.0), jax.nn.gelu])
+def test_gradients_with_modified_relus_need_relus(f):
+    with pytest.raises(errors.SelectorError, match="GuidedBackprop cannot be applied to.*it is for: activation"):
+        lrp(f, composites.guided_backprop())(np.ones(3))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from ..program import Constant, Op, leaves
+from ..program import Atom, Constant, Op, leaves
 from .base import NORMS, Layer, Rule, check_number, divide, rule
 
 
@@ -81,14 +81,32 @@ class Gradient(Rule):
 
 
 def is_relu(op: Op) -> bool:
-    """Whether the Op is max(x, 0), however it is written down as one maximum."""
-    steps = leaves(op.steps)
-    last = steps[-1]
-    zeros = [a for a in last.inputs if isinstance(a, Constant) and not np.any(np.asarray(a.value))]
-    return op.kind == "activation" and len(steps) == 1 and last.primitive is p.max_p and len(zeros) == 1
+    """Whether the Op is max(x, 0), or that with an upper bound as relu6 has, however it is written."""
+    return op.kind == "activation" and upper_bound(op) is not None
+
+
+def upper_bound(op: Op) -> float | None:
+    """The largest value of a ReLU (inf for the plain one); None for any other activation."""
+    lowest, highest = -np.inf, np.inf
+    known: dict[Atom, float] = {}  # numbers on their way to the maximum: cast, repeated
+    for e in leaves(op.steps):
+        known.update({a: np.asarray(a.value).item() for a in e.inputs if isinstance(a, Constant) and a.aval.size == 1})
+        bounds = [known[a] for a in e.inputs if a in known]
+        if e.primitive is p.max_p and len(bounds) == 1:
+            lowest = max(lowest, bounds[0])
+        elif e.primitive is p.min_p and len(bounds) == 1:
+            highest = min(highest, bounds[0])
+        elif e.primitive is p.clamp_p and len(bounds) == 2:
+            lowest, highest = max(lowest, bounds[0]), min(highest, bounds[1])
+        elif e.primitive in (p.convert_element_type_p, p.copy_p, p.broadcast_in_dim_p):
+            known.update({e.outputs[0]: bounds[0]} if bounds else {})
+        else:
+            return None
+    return highest if lowest == 0 < highest else None
 
 
 class _Relu(Rule):
+    kinds: ClassVar[frozenset[str]] = frozenset(("activation",))
     conserves: ClassVar[bool] = False
     uses: ClassVar[frozenset[str]] = frozenset(("inputs",))
 
@@ -100,7 +118,7 @@ class _Relu(Rule):
 class DeconvNet(_Relu):
     """A ReLU lets positive signals through, whatever its input was: R_in = max(R_out, 0).
 
-    Source: Zeiler and Fergus 2014.
+    For ReLUs, with an upper bound (relu6) or without. Source: Zeiler and Fergus 2014.
     """
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
@@ -109,20 +127,23 @@ class DeconvNet(_Relu):
 
 @rule
 class GuidedBackprop(_Relu):
-    """A ReLU lets positive signals through where it was active: R_in = 1[x > 0] max(R_out, 0).
+    """A ReLU lets positive signals through where it was active: R_in = 1[0 < x < u] max(R_out, 0).
 
-    Source: Springenberg et al. 2015.
+    u: the upper bound of a relu6, else infinity. Source: Springenberg et al. 2015.
     """
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        return (jnp.where(layer.inputs[0] > 0, jnp.maximum(relevance, 0), 0),)
+        x = layer.inputs[0]
+        active = (x > 0) & (x < upper_bound(layer.op))
+        return (jnp.where(active, jnp.maximum(relevance, 0), 0),)
 
 
 @rule
 class BetaSmooth(_Relu):
     """The derivative of a softplus in place of the ReLU's: R_in = sigmoid(beta x) R_out.
 
-    beta: float > 0. Source: Dombrowski et al. 2019. Raises InputError for a negative beta.
+    With an upper bound u (relu6), that of softplus(x) - softplus(x - u). beta: float > 0. Source: Dombrowski et al.
+    2019. Raises InputError for a negative beta.
     """
 
     beta: Any = 10.0
@@ -131,7 +152,9 @@ class BetaSmooth(_Relu):
         check_number(self, "beta", minimum=0)
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        return (jax.nn.sigmoid(self.beta * layer.inputs[0]) * relevance,)
+        x, bound = layer.inputs[0], upper_bound(layer.op)
+        above = 0 if bound is None or np.isinf(bound) else jax.nn.sigmoid(self.beta * (x - bound))
+        return ((jax.nn.sigmoid(self.beta * x) - above) * relevance,)
 
 
 __all__ = ["BetaSmooth", "DeconvNet", "Gradient", "GuidedBackprop", "Pass", "SoftmaxTaylor", "is_relu"]
