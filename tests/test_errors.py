@@ -99,6 +99,12 @@ def at(marker: str) -> str:
 
 
 @rules.rule
+class Scalar(rules.Rule):
+    def propagate(self, layer, relevance):
+        return 0.0
+
+
+@rules.rule
 class Unfinished(rules.Rule):
     """A rule without `propagate`."""
 
@@ -290,6 +296,7 @@ case(InputError, lambda: run(MLP, masks={"relu": np.ones((1, 3, 6))}), "masks['r
 
 # kinds and rules
 case(InputError, lambda: kinds.register(primitives.sort_p, "dense"), "sort .. 'dense' .. activation, structural")
+case(InputError, lambda: run(dense, linear(Scalar())), f"Scalar at dense[0] (dense, {at('dense')} .. (3, 4) .. a float")
 case(NotImplementedError, lambda: run(dense, linear(Unfinished())), "Unfinished .. propagate(layer, relevance)")
 case(
     InputError,
