@@ -98,10 +98,12 @@ def value_and_lrp(
         per example: that logit's value (last axis; output (C,) or (N, C)). A callable: start relevance from the output,
         a pytree like it. A traced index out of range gives zero relevance.
       layers: a selector; the relevance that arrives at the output of each Op it selects is returned too, by the Op's
-        name in the plan (in a scan with the iterations as leading axes), from the same pass.
+        name in the plan (in a scan with the iterations as leading axes), from the same pass; after the mask, if the
+        Op has one.
       masks: {Op's name: array that broadcasts to its output}; relevance arriving there is multiplied by it, so that
-        only the chosen channels or positions are followed (conditional relevance, Achtibat et al. 2023). Several
-        conditions at once: `jax.vmap` over the masks, which maps the backward pass alone.
+        only the chosen channels or positions are followed (conditional relevance, Achtibat et al. 2023); in a scan one
+        mask serves every iteration. Several conditions at once: `jax.vmap` over the masks, which maps the backward pass
+        alone.
 
     Returns relevance shaped like the explained argument, in its dtype; a tuple of them if `argnums` is a sequence.
 
@@ -216,6 +218,8 @@ def _has_one_output(op: Op) -> bool:
 
 
 def _masked(ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, Any]:
+    if not isinstance(masks, dict):
+        raise InputError(f"masks={masks!r}: write a dictionary from the layers' names in the plan to arrays")
     names = {op.name: i for i, op in enumerate(ops)}
     found = {}
     for name, mask in masks.items():

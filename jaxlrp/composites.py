@@ -61,6 +61,8 @@ class Composite:
             raise InputError(f"a row of a composite is a pair (selector, rule), not {row!r}") from None
         if isinstance(rule, type) and issubclass(rule, Rule):
             raise InputError(f"{rule.__name__} is a class; write {rule.__name__}()")
+        if isinstance(rule, Rule) and jax.tree_util.all_leaves([rule]):
+            raise InputError(f"{type(rule).__name__} is no pytree; write @jaxlrp.rules.rule above its class")
         if not isinstance(rule, Rule):
             raise InputError(f"{rule!r} is no rule; write one of jaxlrp.rules, for example rules.Epsilon(1e-6)")
         return select._selector(selector), rule

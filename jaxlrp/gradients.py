@@ -103,7 +103,7 @@ def simple_taylor(
     """First-order Taylor expansion of the target at a root point: R_p = df/dx_p(root) (x_p - root_p), f(root) = 0.
 
     f is the target logit, one per example for an output of shape (N, C); for None it is the sum of the (example's)
-    outputs, for a callable target the inner product of what it gives with the output.
+    outputs, for a callable target the inner product of what it gives, taken as constant, with the output.
 
     root: where it is searched for, the nearest sign change of f on
       "gradient": the line x - t f(x) g / |g|^2, g = df/dx(x), t from 0 to `reach` (t = 1 is the root of a linear f);
@@ -118,13 +118,13 @@ def simple_taylor(
     """
     if isinstance(root, str) and root != "gradient":
         raise InputError(f'simple_taylor(root={root!r}): write "gradient", a reference array, or a function')
-    if steps < 1 or not reach > 0:
-        raise InputError(f"simple_taylor(reach={reach!r}, steps={steps!r}): both must be positive")
+    if not isinstance(steps, int) or steps < 1 or not 0 < reach < float("inf"):
+        raise InputError(f"simple_taylor(reach={reach!r}, steps={steps!r}): write positive numbers, steps an integer")
 
     @functools.wraps(fun, updated=())
     def explained(*args: Any, **kwargs: Any) -> Any:
         wanted = check_argnums(fun, argnums, len(args))
-        x = tuple(jax.tree.map(lambda v: explainable(v, "of a Taylor expansion", 0), args[i]) for i in wanted)
+        x = tuple(jax.tree.map(lambda v, i=i: explainable(v, "of a Taylor expansion", i), args[i]) for i in wanted)
 
         def score(point: tuple) -> jax.Array:
             """f, one number per example."""
@@ -144,15 +144,15 @@ def simple_taylor(
         begun = score(x)
         if callable(root):
             given = root(*x)
-            point = (given,) if isinstance(argnums, int) else tuple(given)
+            point = _like(x, (given,) if isinstance(argnums, int) else tuple(given))
         else:
             if isinstance(root, str):
                 g = jax.grad(lambda v: score(v).sum())(x)
                 length = begun / jnp.maximum(_dot(g, g, batched), jnp.finfo(begun.dtype).tiny)
                 toward, furthest = jax.tree.map(lambda v: -v * _column(length, v), g), reach
             else:
-                reference = (root,) if isinstance(argnums, int) else tuple(root)
-                toward, furthest = jax.tree.map(lambda r, v: jnp.asarray(r, v.dtype) - v, reference, x), 1.0
+                reference = _like(x, (root,) if isinstance(argnums, int) else tuple(root))
+                toward, furthest = jax.tree.map(jnp.subtract, reference, x), 1.0
 
             def at(t: jax.Array) -> tuple:
                 return jax.tree.map(lambda v, d: v + _column(t, v) * d, x, toward)
@@ -168,6 +168,16 @@ def simple_taylor(
         return unpack(relevance), Root(unpack(point), score(point), begun, distance)
 
     return explained
+
+
+def _like(x: tuple, given: tuple) -> tuple:
+    """A point that the user gave, in the dtypes of x."""
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (given, x)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"simple_taylor: the root or reference has shapes {shapes[0]}, the explained input {shapes[1]}"
+        )
+    return jax.tree.map(lambda r, v: jnp.asarray(r, v.dtype), given, x)
 
 
 def _search(f: Callable, begun: jax.Array, furthest: float, steps: int) -> jax.Array:

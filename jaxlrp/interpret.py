@@ -104,20 +104,28 @@ class Interpreter:
         function, own = self._jitted[group]
         return function(settings.of(own), inputs)
 
+    def _end(self, loop: Loop, k: int, ends: Any, outputs: list[Any]) -> list[Any]:
+        """The outputs of body k, those that replace data by a constant with the probe that sees what ends there."""
+        if ends is not None:
+            first = len(loop.constants) + sum(map(len, loop.replaced[:k]))
+            for i, j in enumerate(loop.replaced[k]):
+                outputs[j] = _ending(outputs[j], ends[first + i])
+        return outputs
+
     def _within(self, body: Body) -> list[int]:
         """The positions of the Ops and loops in a body."""
         return [self._index[s] for s in lead(body)]
 
     def _loop(self, loop: Loop, settings: Settings, inputs: list[Any]) -> Sequence[Any]:
-        e = loop.equation
+        e, ends = loop.equation, settings.probes.get(self._index[loop])
         if e.primitive is p.cond_p:
             branches = [
-                lambda *xs, body=body: tuple(self._run_body(body, settings, xs)) for body in loop.bodies
-            ]  # fmt: skip
+                lambda *xs, k=k: tuple(self._end(loop, k, ends, self._run_body(loop.bodies[k], settings, xs)))
+                for k in range(len(loop.bodies))
+            ]
             return lax.switch(inputs[0], branches, *inputs[1:])
         consts, carries = _compat.scan_arity(e.params)
         (body,) = loop.bodies
-        ends = settings.probes.get(self._index[loop])
         if ends is not None:
             inputs = [*inputs]
             for j, c in enumerate(loop.constants):
@@ -127,7 +135,7 @@ class Interpreter:
         def step(carry: tuple[Any, ...], xs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             probes, xs = xs
             inner = dataclasses.replace(settings, probes=probes)
-            outputs = self._run_body(body, inner, [*inputs[:consts], *carry, *xs])
+            outputs = self._end(loop, 0, ends, self._run_body(body, inner, [*inputs[:consts], *carry, *xs]))
             return tuple(outputs[:carries]), tuple(outputs[carries:])
 
         carry, ys = lax.scan(

@@ -11,15 +11,20 @@ from jax.extend.core import primitives as p
 
 from .graph import Draft, Graph
 from .kinds import STRUCTURAL
-from .program import Equation, Value
+from .program import Constant, Equation, Value
 from .runs import parameter_step
 
-_MOVES = STRUCTURAL | {p.convert_element_type_p, p.copy_p, p.reduce_precision_p}
+# what keeps every element; a mask may stand on the way to a sum as well
+_RESHAPES = frozenset((
+    p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p, p.convert_element_type_p, p.copy_p,
+    p.reduce_precision_p,
+))  # fmt: skip
 _SUMS = frozenset((p.add_p, p.sub_p, p.neg_p, p.add_jaxvals_p))
 _PRODUCTS = frozenset((p.mul_p, p.div_p))
-_SQUARES = frozenset((p.square_p, p.integer_pow_p, p.pow_p, p.mul_p))
+_POWERS = {p.sqrt_p: 0.5, p.rsqrt_p: -0.5, p.square_p: 2.0, p.abs_p: 1.0}
 ROOTS = frozenset((p.sqrt_p, p.rsqrt_p, p.pow_p))
-_GUARDS = frozenset((p.max_p, p.min_p, p.clamp_p, p.integer_pow_p, p.square_p, p.stop_gradient_p))
+_GUARDS = STRUCTURAL | _SUMS | _RESHAPES | {p.max_p, p.min_p, p.clamp_p, p.stop_gradient_p}
+_OF_STATISTICS = _GUARDS | _PRODUCTS | ROOTS | {p.square_p, p.integer_pow_p, p.reduce_sum_p}
 
 
 def claim_norms(graph: Graph) -> None:
@@ -43,33 +48,62 @@ def claim_norms(graph: Graph) -> None:
 
 
 def _normalises(graph: Graph, exit: Equation, entry: Value) -> list[Equation] | None:
-    """The equations between, if what `exit` gives is linear in `entry` but for roots of sums of its squares."""
+    """The equations between, if what `exit` gives is linear in `entry` but for roots of sums, and blind to its scale.
+
+    Each value has a degree: by what power of c it grows where the entry grows by c, numbers added to it left aside.
+    """
     region = graph.between(exit, entry)
-    linear, squares, statistics, rooted = {entry}, set[Value](), set[Value](), set[Value]()
+    linear, summands, statistics = {entry: 1.0}, dict[Value, float](), dict[Value, float]()
+    rooted = set[Value]()
     for e in region:
         sources, out = set(graph.derived(e)), e.outputs[0]
-        if sources <= statistics:
-            if e.primitive not in _MOVES | _SUMS | _PRODUCTS | ROOTS | _GUARDS | {p.reduce_sum_p}:
+        degree = _degree(e, linear | summands | statistics)
+        if degree is None:
+            return None
+        if sources <= statistics.keys():
+            quotient = e.primitive is p.div_p and len(sources) == 2  # that of two statistics would not be held constant
+            if quotient or e.primitive not in _OF_STATISTICS:
                 return None
-            statistics.add(out)
+            statistics[out] = degree
             if e.primitive in ROOTS or sources & rooted:
                 rooted.add(out)
-        elif e.primitive is p.reduce_sum_p and sources <= linear | squares and out.aval.size < entry.aval.size:
-            statistics.add(out)
-        elif sources <= linear | statistics and _is_linear(graph, e, linear):
-            linear.add(out)
-        elif sources <= linear | squares and e.primitive in _SQUARES | _MOVES | {p.div_p}:
-            squares.add(out)
+        elif e.primitive is p.reduce_sum_p and out.aval.size < entry.aval.size == e.values[0].aval.size:
+            statistics[out] = degree
+        elif sources <= linear.keys() | statistics.keys() and _is_linear(graph, e, linear):
+            linear[out] = degree
+        elif not sources & statistics.keys() or (e.primitive in _SUMS and not sources & rooted):
+            summands[out] = degree  # on its way to a sum: squared, masked
         else:
             return None
     ends = [v for v in graph.derived(exit) if v in rooted]
-    return region if squares and ends and exit.outputs[0] in linear else None
+    return region if ends and linear.get(exit.outputs[0]) == 0 else None
 
 
-def _is_linear(graph: Graph, e: Equation, linear: set[Value]) -> bool:
-    """Whether `e` is linear in its linear operands, statistics and parameters held constant."""
+def _degree(e: Equation, degrees: dict[Value, float]) -> float | None:
+    """The degree of what `e` gives; None for a primitive that has no place in a norm."""
+    known = [degrees[a] for a in e.inputs if isinstance(a, Value) and a in degrees]
+    first = known[0]
+    if e.primitive in _PRODUCTS:
+        sign = 1 if e.primitive is p.mul_p else -1
+        if len(known) == 2:
+            return first + sign * known[1]
+        return first if e.primitive is p.mul_p or e.inputs[0] in degrees else -first
+    if e.primitive in _POWERS:
+        return first * _POWERS[e.primitive]
+    if e.primitive is p.integer_pow_p:
+        return first * e.params["y"]
+    if e.primitive is p.pow_p:
+        exponent = e.inputs[1]
+        return first * float(exponent.value) if isinstance(exponent, Constant) and exponent.aval.size == 1 else None
+    return max(known) if e.primitive in _GUARDS | {p.reduce_sum_p} else None
+
+
+def _is_linear(graph: Graph, e: Equation, linear: dict[Value, float]) -> bool:
+    """Whether `e` is linear in its linear operands, statistics and parameters held constant, each element in place."""
     scaled = e.primitive in _PRODUCTS and sum(a in linear for a in e.inputs) == 1
-    return e.primitive in _MOVES | _SUMS or (scaled and (e.primitive is p.mul_p or e.inputs[0] in linear))
+    shifted = e.primitive in _SUMS and sum(a in linear for a in e.inputs) == 1
+    kept = e.primitive in _RESHAPES and e.inputs[0].aval.size == e.outputs[0].aval.size
+    return kept or shifted or (scaled and (e.primitive is p.mul_p or e.inputs[0] in linear))
 
 
 def _kind(graph: Graph, region: list[Equation]) -> tuple[str, str]:

@@ -209,6 +209,12 @@ class Loop:
     equation: Equation
     bodies: tuple[Body, ...]
     constants: tuple[int, ...] = ()  # carries that start from a constant: relevance that reaches the start ends there
+    replaced: tuple[tuple[int, ...], ...] = ()  # of each body, outputs that are constants where others carry data
+
+    @property
+    def ends(self) -> int:
+        """At how many constants relevance ends."""
+        return len(self.constants) + sum(map(len, self.replaced))
 
 
 Step = Equation | Op | Group | Loop

@@ -135,7 +135,7 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
                 steps.append(_op(graph, owner, tuple(done.pop(owner))))
         elif not isinstance(node, Wrapper):
             bodies = tuple(recognise(b, graph.facts) for b in node.bodies)
-            steps.append(Loop(node, bodies, _constant_carries(graph, node)))
+            steps.append(Loop(node, bodies, _constant_carries(graph, node), _replaced(graph, node, bodies)))
         else:
             inside = set(live)
             crossed = any(o is not None and not inside.issuperset(o.equations) for o in owners)
@@ -158,6 +158,16 @@ def _constant_carries(graph: Graph, e: Equation) -> tuple[int, ...]:
     inner = e.bodies[0].inputs
     pairs = enumerate(zip(e.inputs[consts:], inner[consts:], strict=True))
     return tuple(i for i, (a, v) in pairs if i < carries and graph.facts[v].data and not graph.fact(a).data)
+
+
+def _replaced(graph: Graph, e: Equation, bodies: tuple[Body, ...]) -> tuple[tuple[int, ...], ...]:
+    carries = _compat.scan_arity(e.params) if e.primitive is p.scan_p else None
+    data = [graph.facts[v].data for v in e.outputs]
+    if carries is not None:
+        consts, count = carries
+        inner = e.bodies[0].inputs[consts : consts + count]
+        data[:count] = [d or graph.facts[v].data for d, v in zip(data, inner, strict=False)]
+    return tuple(tuple(j for j, d in enumerate(data) if d and not b.carries[j]) for b in bodies)
 
 
 def _group(graph: Graph, node: Wrapper, inside: set[Equation], steps: list[Step]) -> Group:

@@ -154,12 +154,12 @@ def _spreads(e: Equation, squared: set[Value]) -> bool:
 
 
 def _scalar_step(e: Equation, squared: set[Value]) -> bool:
-    """Whether `e` adds a scalar, or multiplies by one."""
+    """Whether `e` multiplies by a scalar, or adds what is none of the data (`_sums_evenly` looks at what it adds)."""
     if e.primitive not in _SUMS | _PRODUCTS or len(e.values) > 1 and all(v in squared for v in e.inputs):
         return False
     left, right = e.inputs
     other = right if left in squared else left
-    return small(other) and not (e.primitive is p.div_p and other is left)
+    return e.primitive in _SUMS or (small(other) and not (e.primitive is p.div_p and other is left))
 
 
 def _sums_evenly(graph: Graph, found: Parts) -> bool:
@@ -169,6 +169,12 @@ def _sums_evenly(graph: Graph, found: Parts) -> bool:
     """
     windows = [e for e in found.before if e.primitive in _WINDOWS or _adds(graph, e)]
     shifts = [e for e in found.before if e.primitive in _SUMS and len(graph.derived(e)) == 1]
+    numbers = [a for e in shifts for a in e.inputs if a not in graph.derived(e)]
+    if not all(small(a) or not math.isnan(_number(graph, a)) for a in numbers):
+        return False
+    axes = [i for e in windows for i in _window_axes(e)]
+    if len(set(axes)) < len(axes):  # of two windows in a row the edges see less than one window twice as wide
+        return False
     if found.matrix is not None:
         return len(windows) == 1 and not shifts and not any(e.primitive in _SHIFTED for e in found.before)
     shifted = set[Value]()
@@ -204,6 +210,16 @@ def _keeps_edges(graph: Graph, found: Parts) -> bool:
         if e.primitive is p.slice_p or sources & cut:
             cut.update(e.outputs)
     return True
+
+
+def _window_axes(e: Equation) -> list[int]:
+    """The axes along which `e` sums by itself."""
+    if e.primitive is p.reduce_window_sum_p:
+        return [i for i, n in enumerate(e.params["window_dimensions"]) if n > 1]
+    if e.primitive is p.conv_general_dilated_p:
+        numbers, kernel = e.params["dimension_numbers"], e.inputs[1].aval.shape
+        return [i for i, j in zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], strict=True) if kernel[j] > 1]
+    return []
 
 
 def _adds(graph: Graph, e: Equation) -> bool:

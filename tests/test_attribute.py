@@ -228,7 +228,9 @@ class Model:
 
 
 @pytest.mark.parametrize(
-    "f", [Model(), Model().method, partial(nets.mlp, PARAMETERS), jax.jit(MLP), jnp.tanh], ids=repr
+    "f",
+    [Model(), Model().method, partial(nets.mlp, PARAMETERS), jax.jit(MLP), jnp.tanh],
+    ids=["instance", "method", "partial", "jit", "function"],
 )
 def test_any_callable(f):
     close(lrp(f, EPSILON)(X), lrp(lambda x: f(x), EPSILON)(X))

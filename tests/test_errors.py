@@ -36,6 +36,7 @@ from jaxlrp import (
     value_and_lrp,
 )
 from jaxlrp.errors import InputError, NoRuleError, SelectorError, TargetError, UnknownPrimitiveError
+from jaxlrp.evaluate import conservation
 from jaxlrp.nn import local_response_norm
 from nets import close, draw, linear, quick_compilation  # noqa: F401
 
@@ -96,6 +97,17 @@ def at(marker: str) -> str:
     lines = Path(__file__).read_text().splitlines()
     (number,) = (i for i, line in enumerate(lines, 1) if line.endswith(f"# the {marker} line"))
     return f"test_errors.py:{number} "
+
+
+class Undecorated(rules.Rule):
+    pass
+
+
+@rules.rule
+class Books(rules.Rule):
+    def propagate(self, layer, relevance):
+        layer.book("biass", lambda: relevance)
+        return (layer.inputs[0],)
 
 
 @rules.rule
@@ -194,6 +206,12 @@ case(InputError, lambda: run(SPLIT, masks={"split": 1.0}), "masks: 'split' has n
 case(UnknownPrimitiveError, lambda: run(lambda x: lax.atan2(x, x + 1)), "'atan2' .. combines 2 values .. on_unknown")
 case(InputError, lambda: gradients.simple_taylor(dense, root="zero"), "root='zero' .. write \"gradient\"")
 case(InputError, lambda: gradients.simple_taylor(dense, reach=0.0), "reach=0.0 .. positive")
+case(InputError, lambda: gradients.simple_taylor(dense, root=np.ones(3))(X), "reference has shapes .. (3,) .. (3, 4)")
+case(InputError, lambda: run(MLP, masks=[("relu", 1.0)]), "masks=[('relu', 1.0)] .. dictionary")
+case(InputError, lambda: row(select.kind("dense"), Undecorated()), "Undecorated is no pytree .. @jaxlrp.rules.rule")
+case(InputError, lambda: rules.rule(type("R", (rules.Rule,), {"uses": {"input"}})), "R: uses={'input'} .. \"inputs\"")
+case(SelectorError, lambda: rules.rule(type("R", (rules.Rule,), {"kinds": {"denses"}})), "unknown kind 'denses'")
+case(InputError, lambda: conservation(dense, linear(Books()))(X), "book('biass') .. \"bias\"")
 
 case(AttributeError, lambda: jaxlrp.nothing, "'jaxlrp' has no attribute 'nothing'")
 

@@ -261,7 +261,7 @@ def test_ended_at_a_loops_start():
         return lax.scan(lambda c, _: (c + x, None), jnp.full_like(x, 2.0), None, length=3)[0]
 
     ledger = closes(conservation(f, EPSILON, target=lambda y: R)(X))
-    near(row(ledger, "start of scan").ended, (R * 2 / (2 + 3 * X)).sum(1), 1e-3)
+    near(row(ledger, "constants of scan").ended, (R * 2 / (2 + 3 * X)).sum(1), 1e-3)
 
 
 def test_created_by_softmax():
@@ -464,7 +464,7 @@ def test_prints_a_table():
     assert lines[0].split() == ["name", "kind", "rule", *COLUMNS[:-1]]
     assert len(lines) == len(ledger) + 3 and repr(ledger) == str(ledger)
     assert lines[-1].startswith(f"start {ledger.start.mean():.6g} = received {ledger.received.mean():.6g}")
-    assert any("start of scan" in line for line in lines)
+    assert any("constants of scan" in line for line in lines)
     assert len(list(ledger)) == len(ledger.rows)
 
 
@@ -554,3 +554,41 @@ def test_closes_on_real_networks(network, name, request):
     f, x = request.getfixturevalue(network)
     ledger = closes(conservation(f, COMPOSITES[name], target=7)(x))
     assert len(ledger) > 50 and np.any(ledger.received)
+
+
+# ---------------------------------------------------------------------------------------------------- what cannot be
+
+
+MASK = np.asarray([[1.0] * 6, [2.0] * 6, [0.5] * 6, [3.0] * 6])
+DEPENDENT = {
+    "another argument by example": lambda x: (x * MASK) @ np.ones((6, 3)),
+    "statistics of the batch": lambda x: (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-3) @ np.ones((6, 3)),
+    "a batch size written down": lambda x: x.reshape(4, 6) @ np.ones((6, 3)),
+    "an output of the whole": lambda x: x.sum(),
+}
+
+
+@pytest.mark.parametrize("f", DEPENDENT.values(), ids=DEPENDENT)
+def test_functions_of_the_whole_batch_are_refused(f):
+    """One example alone gives something else; the ledger of all of them together is there."""
+    x = np.asarray(draw(90, 4, 6), np.float32)
+    with pytest.raises(errors.InputError, match="batched=False"):
+        conservation(f, EPSILON)(x)
+    audit = conservation(f, EPSILON, batched=False)(x)
+    assert abs(audit.gap).max() <= 1e-4 * max(row.size.max() for row in audit)
+
+
+LOOPS_WITH_CONSTANTS = {
+    "cond": lambda x: lax.cond(True, lambda x: jnp.ones_like(x), lambda x: x @ np.ones((6, 6), np.float32), x),
+    "scan": lambda x: lax.scan(lambda c, w: (jnp.ones_like(c), c @ w), x, np.ones((3, 6, 6), np.float32) / 6)[1].sum(0),
+}
+
+
+@pytest.mark.parametrize("f", LOOPS_WITH_CONSTANTS.values(), ids=LOOPS_WITH_CONSTANTS)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "remat"])
+def test_loops_that_replace_data_by_a_constant(f, wrap):
+    """What arrives at the constant has a row of its own."""
+    x, w = np.asarray(draw(91, 4, 6), np.float32), np.asarray(draw(92, 6, 2), np.float32)
+    audit = conservation(wrap(lambda x: f(x) @ w), EPSILON)(x)
+    assert any(row.name.startswith("constants of") and np.any(row.ended) for row in audit), str(audit)
+    np.testing.assert_allclose(audit.gap, 0, atol=1e-4 * max(row.size.max() for row in audit))

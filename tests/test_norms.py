@@ -102,6 +102,14 @@ def test_identity_under_vmap_follows_the_moved_axes(axis: int):
     close(lrp(f, composites.epsilon(), target=lambda y: R)(X), jnp.moveaxis(R, 0, axis))
 
 
+def test_identity_where_the_norm_transposes():
+    """Keys of cosine attention, square, so that the shapes do not tell."""
+    k, q = draw(12, 4, 4), draw(13, 3, 4)
+    across = lambda k: q @ (k.T / jnp.linalg.norm(k, axis=-1))
+    before = lambda k: q @ (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).T
+    close(lrp(across, composites.epsilon())(k), lrp(before, composites.epsilon())(k))
+
+
 def dense_reference(x, g, b, R, epsilon, hold_mean, centred=True):
     """Over the last axis, row by row, with the Jacobian at constant sigma written out."""
     out = np.zeros_like(x)
@@ -183,12 +191,22 @@ NOT_NORMS: dict[str, Callable] = {
     "element-wise": lambda x: x * lax.rsqrt(1 + x**2),
     "weight normalisation": lambda x: x @ (W / jnp.linalg.norm(W, axis=0)),
     "statistics of another value": lambda x: jnp.sin(x) / jnp.sqrt(mean(x**2) + 1),
+    "an amplifier": lambda x: x * jnp.sqrt((x**2).sum(-1, keepdims=True)),
+    "squash": lambda x: (n := (x**2).sum(-1, keepdims=True)) / (1 + n) * x / jnp.sqrt(n),
+    "differences": lambda x: (x - jnp.roll(x, 1, -1)) / jnp.linalg.norm(x, axis=-1, keepdims=True),
+    "a part": lambda x: x[..., :2] / jnp.linalg.norm(x, axis=-1, keepdims=True),
+    "a flip": lambda x: jnp.flip(x, -1) / jnp.linalg.norm(x, axis=-1, keepdims=True),
+    "local sums": lambda x: (
+        x / jnp.sqrt(1 + jnp.stack([(x**2)[..., max(0, c - 1) : c + 2].sum(-1) for c in range(8)], -1))
+    ),
 }
 
 
 @pytest.mark.parametrize("f", NOT_NORMS.values(), ids=NOT_NORMS)
 def test_what_is_no_norm(f: Callable):
-    kinds = {row.kind for row in plan(lambda x: f(jnp.tanh(x)), composites.epsilon())(X)}
+    g = lambda x: f(jnp.tanh(x))
+    kinds = {row.kind for row in plan(g, composites.epsilon())(X)}
+    assert lrp(g, composites.epsilon())(X).shape == X.shape
     assert not kinds & {"layer_norm", "rms_norm", "group_norm", "batch_norm"}
 
 

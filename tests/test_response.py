@@ -604,3 +604,47 @@ def test_rule_is_a_pytree_without_leaves():
     value, relevance = jax.jit(lambda c, x: value_and_lrp(by_window, c)(x))(taylor("over_y"), X)
     close(value, by_window(X), 1e-12)
     close(relevance, by_loops(X, by_window(X), "over_y"), 1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------- edges of the rule
+
+
+def window(x, size):
+    return lax.reduce_window(x, 0.0, lax.add, (1,) * (x.ndim - 1) + (size,), (1,) * x.ndim, "SAME")
+
+
+def test_zeros_without_a_constant():
+    """k = 0: a unit that is 0 among others that are not sends nothing, and nothing is not a number."""
+    x = np.asarray([[0.5, 1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 1.5]])
+    for f in (lambda x: x / jnp.sqrt(window(x * x, 5)), lambda x: x / (0.1 * window(x * x, 5)) ** 0.75):
+        taylor = Composite([(select.kind("local_response_norm"), rules.LocalResponseTaylor())])
+        value, relevance = value_and_lrp(f, taylor)(x)
+        assert np.isfinite(relevance).all()
+        np.testing.assert_allclose(relevance.sum(), value.sum(), rtol=1e-7)
+
+
+def test_two_windows_in_a_row_are_no_band():
+    """At the edges the second one misses what the first had cut off."""
+    kinds = lambda f: {row.kind for row in plan(f, composites.epsilon())(np.ones((2, 9)))}
+    assert "local_response_norm" not in kinds(lambda x: x / (1 + window(window(x * x, 3), 3)) ** 0.75)
+
+
+def test_sums_that_start_from_an_array_of_one_number():
+    """`s = zeros_like(x); s = s + shifted`, as it is written most often; and full_like(x, k)."""
+    x = np.random.default_rng(3).normal(size=(2, 9))
+    taylor = Composite([(select.kind("local_response_norm"), rules.LocalResponseTaylor())])
+
+    def accumulated(begin, x):
+        padded, s = jnp.pad(x * x, ((0, 0), (1, 1))), begin(x)
+        for i in range(3):
+            s = s + padded[:, i : i + 9]
+        return s
+
+    right = lrp(lambda x: x / (2 + window(x * x, 3)) ** 0.75, taylor)(x)
+    for f in (
+        lambda x: x / (2 + accumulated(jnp.zeros_like, x)) ** 0.75,
+        lambda x: x / accumulated(lambda x: jnp.full_like(x, 2.0), x) ** 0.75,
+    ):
+        assert [row.kind for row in plan(f, taylor)(x)] == ["local_response_norm"]
+        for g in (f, jax.jit(f)):
+            np.testing.assert_allclose(lrp(g, taylor)(x), right, atol=1e-10)

@@ -146,7 +146,12 @@ def conservation(
             one = [jax.tree.map(lambda x: x[:1], a) if i in wanted else a for i, a in enumerate(args)]
         else:
             one = list(args)
-        traced, body = analyse(fun, tuple(one), kwargs, argnums)
+        try:
+            traced, body = analyse(fun, tuple(one), kwargs, argnums)
+        except TypeError as error:  # a shape that is written into the function, for one
+            if not batched:
+                raise
+            raise InputError(f"{_DEPENDENT}; on one example it fails: {error}") from error
         check_nan(traced)
         if not callable(target):  # an index is checked before it becomes a tracer
             jax.eval_shape(lambda: start(fun(*args, **kwargs), target))
@@ -156,7 +161,7 @@ def conservation(
         settings = Settings({i: rules[i] for i in titles if i >= 0})
         interpreter = Interpreter(body, _row)
 
-        def books(xs: list[Any], target: Target, arrays: list[Any]) -> tuple[Any, Any, Any, Any]:
+        def books(xs: list[Any], target: Target, arrays: list[Any]) -> tuple[Any, Any]:
             arrays = list(arrays)
 
             def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
@@ -169,20 +174,18 @@ def conservation(
             begun = start(value, target)
             received, rows = pull(begun)
             nowhere = [r for r, carries in zip(jax.tree.leaves(begun), body.carries, strict=True) if not carries]
-            return _sum(begun), _sum(received), _sum(nowhere), rows
+            return (_sum(begun), _sum(received), _sum(nowhere), _sum(_inexact(value))), rows
 
         xs = jax.tree.leaves(explained)
         mapped = target is not None and not callable(target) and jnp.ndim(target) == 1
         axes = (0, 0 if mapped else None, None)
         function = jax.vmap(books, in_axes=axes, out_axes=-1) if batched else books
-        traceable = target is None or not callable(target)
-        if traceable:
-            begun, received, nowhere, rows = jax.jit(function)(xs, target, list(traced.arrays))
-        else:
-            run = jax.jit(lambda xs, arrays: function(xs, target, arrays))
-            begun, received, nowhere, rows = run(xs, list(traced.arrays))
+        run = jax.jit(function) if not callable(target) else jax.jit(lambda xs, _, arrays: function(xs, target, arrays))
+        sums, rows = run(xs, None if callable(target) else target, list(traced.arrays))
         found = [row for i, title in titles.items() for row in _rows(title, np.asarray(rows[i], np.float64), batched)]
-        begun, received, nowhere = (np.atleast_1d(np.asarray(a, np.float64)) for a in (begun, received, nowhere))
+        begun, received, nowhere, values = (np.atleast_1d(np.asarray(a, np.float64)) for a in sums)
+        if batched:
+            _check_independent(fun(*args, **kwargs), values)
         if not all(body.carries):
             found.append(_ended("outputs without relevance", nowhere))
         return Ledger(tuple(found), begun, received)
@@ -200,9 +203,9 @@ def _probes(body: Body, rules: Sequence[Rule]) -> tuple[dict[int, tuple[str, str
             titles[i] = (op.name, op.kind, type(rule).__name__)
             probes[i] = jnp.zeros((*lengths[op], len(COLUMNS)))
     for k, loop in enumerate(loops(body)):
-        if loop.constants:
-            titles[-1 - k] = (f"start of {loop.equation.primitive}", "constant", "")
-            probes[-1 - k] = jnp.zeros((*lengths[loop], len(loop.constants)))
+        if loop.ends:
+            titles[-1 - k] = (f"constants of {loop.equation.primitive}", "constant", "")
+            probes[-1 - k] = jnp.zeros((*lengths[loop], loop.ends))
     return titles, probes
 
 
@@ -240,6 +243,24 @@ def _ended(name: str, amount: np.ndarray) -> LedgerRow:
 def _sum(tree: Any) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
     return sum((x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum() for x in leaves), jnp.zeros(()))
+
+
+_DEPENDENT = "the function does not treat examples one by one; write batched=False for one ledger over all of them"
+
+
+def _check_independent(value: Any, alone: np.ndarray) -> None:
+    """Raises InputError where the function gives other values for all examples together than for each alone."""
+    leaves = [np.asarray(y, np.float64) for y in _inexact(value)]
+    if any(y.shape[:1] != alone.shape for y in leaves):
+        raise InputError(f"{_DEPENDENT}; its outputs have shapes {[y.shape for y in leaves]}")
+    together = sum(y.reshape(len(alone), -1).sum(1) for y in leaves)
+    size = sum(np.abs(y).reshape(len(alone), -1).sum(1) for y in leaves)
+    if not np.allclose(alone, together, rtol=0, atol=1e-2 * np.max(size, initial=0), equal_nan=True):
+        raise InputError(f"{_DEPENDENT}; its outputs sum to {together}, for each example alone to {alone}")
+
+
+def _inexact(value: Any) -> list[jax.Array]:
+    return [y for y in jax.tree.leaves(value) if jnp.issubdtype(y.dtype, jnp.inexact)]
 
 
 def _check_examples(explained: list[Any]) -> None:

@@ -29,12 +29,13 @@ class Pass(Rule):
         return op.kind in ("structural", "blocked", "resize") or op.kind in NORMS or op.in_shapes == (op.out_shape,)
 
     def needs(self, op: Op) -> frozenset[str]:
-        moves = op.kind in ("structural", "resize") or op.in_shapes != (op.out_shape,)
+        moves = op.kind in ("structural", "resize")
         return frozenset(("inputs", "params")) if moves else self.uses
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        if layer.op.kind in NORMS and layer.op.in_shapes != (layer.op.out_shape,):
-            return jax.linear_transpose(layer.moved, layer.inputs[0])(relevance)
+        if layer.op.kind in NORMS:  # each element where it came from, whatever is transposed on the way
+            x = layer.op.inputs[0].aval
+            return tuple(jax.linear_transpose(layer.moved, jax.ShapeDtypeStruct(x.shape, layer.dtype))(relevance))
         if layer.op.kind not in ("structural", "resize"):
             return (relevance,)
         _, pull = jax.vjp(layer.apply, *layer.inputs)

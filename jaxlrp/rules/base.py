@@ -21,6 +21,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from ..errors import InputError
+from ..kinds import check as check_kind
 from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
 
@@ -39,8 +40,14 @@ def rule(cls: T) -> T:
 
     A tree made by JAX may hold anything in the numbers' places (gradients, tracers, placeholders), so rebuilding one
     skips `__post_init__`: numbers are checked where a person writes them.
+
+    Raises SelectorError for an unknown kind in `kinds`, InputError for what `uses` does not know.
     """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
+    for name in made.kinds:
+        check_kind(name)
+    if not set(made.uses) <= {"inputs", "output", "params"}:
+        raise InputError(f'{cls.__name__}: uses={set(made.uses)!r}; write some of "inputs", "output", "params"')
     fields = dataclasses.fields(made)
     static = [f.name for f in fields if f.type in (str, bool, "str", "bool")]
     leaves = [f.name for f in fields if f.name not in static]
@@ -68,6 +75,7 @@ class Rule:
         class Damped(jaxlrp.rules.Rule):
             factor: float = 0.5
             kinds = jaxlrp.rules.LINEAR
+            conserves = False
 
             def propagate(self, layer, relevance):
                 output, pull = jax.vjp(layer.apply, *layer.inputs)
@@ -181,7 +189,9 @@ class Layer:
         return env[self.op.output]
 
     def book(self, entry: str, amount: Callable[[], jax.Array]) -> None:
-        """Adds the sum of `amount()` to an entry of the books, if there are any."""
+        """Adds the sum of `amount()` to an entry of the books, if there are any: "bias", "stabiliser", "dropped"."""
+        if entry not in ("bias", "stabiliser", "dropped", "ended"):
+            raise InputError(f'book({entry!r}): the books have "bias", "stabiliser", "dropped" and "ended"')
         if self.books is not None:
             self.books[entry] = self.books.get(entry, jnp.zeros((), self.dtype)) + amount().sum()
 

@@ -50,7 +50,8 @@ class LocalResponseTaylor(Rule):
         total, pull = jax.vjp(steps.total, square)
         own_total = steps.own(square)
         factor, slope = jax.jvp(steps.factor, (total,), (jnp.ones_like(total),))
-        own, alone = steps.home(own_total), steps.factor(own_total + steps.start)
+        own = steps.home(own_total)
+        alone = jnp.where(x == 0, 1, steps.factor(own_total + steps.start))  # unused there, and infinite where k is 0
         # x_k is a factor of every z_jk: with it cancelled nothing is divided by zero
         if self.messages == "unnormalised":
             sent = x * relevance
