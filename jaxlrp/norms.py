@@ -57,7 +57,8 @@ def _normalises(graph: Graph, exit: Equation, entry: Value) -> list[Equation] | 
     rooted = set[Value]()
     for e in region:
         sources, out = set(graph.derived(e)), e.outputs[0]
-        degree = _degree(e, linear | summands | statistics)
+        degrees = linear | summands | statistics
+        degree = _degree(e, degrees) if sources <= degrees.keys() and len(e.outputs) == 1 else None
         if degree is None:
             return None
         if sources <= statistics.keys():

@@ -154,7 +154,8 @@ class Op:
 
     paths: key paths of the parameters it reads, the kernel's first. first: only structural steps or preprocessing lie
     between it and the explained input. depth, height: dense and conv Ops on the longest path before and after it.
-    kinds_after: kinds of the Ops that its output can reach.
+    kinds_after: kinds of the Ops that its output can reach. stopped: a parameter comes from the data, past something
+    that lets no relevance through (`stop_gradient`).
     """
 
     kind: str
@@ -173,6 +174,7 @@ class Op:
     depth: int = 0
     height: int = 0
     kinds_after: frozenset[str] = frozenset()
+    stopped: bool = False
 
     @property
     def primitive(self) -> str:

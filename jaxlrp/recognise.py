@@ -1,6 +1,6 @@
 """Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
 
-Order of claims: softmax, local response normalisation, norms, activations, linear runs, trees of adds, runs of scales,
+Order of claims: softmax, norms, local response normalisation, activations, linear runs, trees of adds, runs of scales,
 and what nothing claims stays an Op of one equation. An Op's inner values are read nowhere else, so replacing it by a
 `custom_vjp` whose forward pass is its own equations never changes the forward value.
 """
@@ -218,4 +218,5 @@ def _op(graph: Graph, draft: Draft, steps: tuple[Equation, ...]) -> Op:
         linear=draft.linear,
         nonneg=tuple(graph.fact(v).nonneg for v in inputs),
         scope=str(draft.main.eqn.source_info.name_stack),
+        stopped=any(graph.fact(v).derived for v in params),
     )

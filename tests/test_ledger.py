@@ -592,3 +592,13 @@ def test_loops_that_replace_data_by_a_constant(f, wrap):
     audit = conservation(wrap(lambda x: f(x) @ w), EPSILON)(x)
     assert any(row.name.startswith("constants of") and np.any(row.ended) for row in audit), str(audit)
     np.testing.assert_allclose(audit.gap, 0, atol=1e-4 * max(row.size.max() for row in audit))
+
+
+def test_what_a_stopped_branch_adds_is_no_bias():
+    """Relevance that would go on into `stop_gradient` ends there; that of a constant is the bias's."""
+    x, w = np.asarray(draw(93, 4, 6), np.float32), np.asarray(draw(94, 6, 6), np.float32)
+    stopped = closes(conservation(lambda x: jnp.tanh(x @ w) + lax.stop_gradient(jnp.sin(x)), EPSILON)(x))
+    constant = closes(conservation(lambda x: jnp.tanh(x @ w) + np.float32(0.3), EPSILON)(x))
+    total = lambda ledger, column: sum(np.abs(getattr(row, column)).sum() for row in ledger)
+    assert total(stopped, "ended") > 0 == total(stopped, "bias")
+    assert total(constant, "bias") > 0 == total(constant, "ended")

@@ -37,7 +37,8 @@ class LedgerRow:
     """One Op (one iteration of it, in a scan). Every number is an array over the examples, float64.
 
     arrived: sum of R_out. passed: sum of R_in. bias, stabiliser: what they absorbed. dropped: at zero denominators.
-    ended: at constants (padding, a token, a loop's start). created: by a rule that does not conserve. size: of |R_out|.
+    ended: at constants (padding, a token, a loop's constants, `stop_gradient`). created: by a rule that does not
+    conserve. size: sum of |R_out|.
     """
 
     name: str

@@ -109,7 +109,7 @@ def in_proportion(
     _, pull = jax.vjp(layer.apply, *layer.inputs)
     received = [x * g for x, g in zip(layer.inputs, pull(s), strict=True)]
     if policy == "absorb":
-        layer.book("bias", lambda: s * layer.offset)
+        layer.book("ended" if layer.op.stopped else "bias", lambda: s * layer.offset)
     elif policy == "distribute" and layer.op.kind in ("scale", "batch_norm"):
         received[0] += s * layer.offset
     layer.book("stabiliser", lambda: s * (divisor - z))
