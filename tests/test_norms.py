@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxlrp import Composite, composites, lrp, plan, rewrite, rules, select, value_and_lrp
 from jaxlrp.evaluate import conservation
-from nets import close, draw, quick_compilation  # noqa: F401
+from nets import close, draw, quick_compilation, same  # noqa: F401
 
 pytestmark = pytest.mark.smoke
 
@@ -86,7 +86,9 @@ def test_is_one_layer_that_passes_relevance(kind: str, norm: Callable):
     table = plan(f, composites.epsilon())(X)
     assert [row.kind for row in table] == ["activation", kind, "dense"], str(table)
     assert isinstance(table[1].rule, rules.Pass)
-    close(rewrite(f, composites.epsilon())(X), f(X), 1e-12)  # Flax's GroupNorm spans a jit, jnp.repeat
+    spans = kind == "group_norm" and norm in (MODULES["GroupNorm"][1], MODULES["nnx.GroupNorm"][1])
+    compare = close if spans else same  # Flax's GroupNorm takes in a jit of which it is only a part, jnp.repeat
+    compare(rewrite(f, composites.epsilon())(X), f(X))
     R = draw(6, 2, 3, 4, 5)
     inside = norm(jnp.tanh(X))
     right = lrp(lambda h: h @ W, composites.epsilon(), target=lambda y: R)(inside)
