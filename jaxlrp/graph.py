@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ class Draft:
     output: Value
     main: Equation
     linear: Linear | None = None
+    shared: list[Equation] = dataclasses.field(default_factory=list)  # evaluated by the Op, and left to others as well
 
 
 class Graph:
@@ -111,17 +112,25 @@ class Graph:
                     todo.append(e)
         return sorted(found, key=self.position.__getitem__)
 
-    def sealed(self, region: Iterable[Equation], exit: Value) -> bool:
-        """Whether the region is free and none of its values but `exit` is read outside it."""
+    def sealed(self, region: Iterable[Equation], exit: Value, open: Collection[Value] = ()) -> bool:
+        """Whether the region is free and none of its values but `exit`, and those `open`, is read outside it."""
         inside = set(region)
         return all(
-            self.free(e)
-            and all(
-                v is exit or (v not in self.results and all(r in inside for r in self.readers.get(v, [])))
-                for v in e.outputs
-            )
+            self.free(e) and all(v is exit or v in open or not self.read_outside(v, inside) for v in e.outputs)
             for e in inside
         )
+
+    def read_outside(self, value: Value, region: Collection[Equation]) -> bool:
+        return value in self.results or any(r not in region for r in self.readers.get(value, []))
+
+    def needed(self, region: Iterable[Equation], values: Iterable[Value]) -> list[Equation]:
+        """Those equations of the region that compute `values`, in order."""
+        wanted, found = set(values), []
+        for e in sorted(region, key=self.position.__getitem__, reverse=True):
+            if any(v in wanted for v in e.outputs):
+                wanted.update(e.values)
+                found.append(e)
+        return found[::-1]
 
     def dominator(self, values: list[Value]) -> Value | None:
         """The nearest value that every path from the explained inputs to any of `values` passes."""

@@ -32,23 +32,31 @@ def claim_norms(graph: Graph) -> None:
         if e.primitive not in _PRODUCTS or not graph.free(e) or not graph.carries(e) or len(set(graph.derived(e))) != 2:
             continue
         entry = graph.dominator(graph.derived(e))
-        region = None if entry is None else _normalises(graph, e, entry)
+        found = None if entry is None else _normalises(graph, e, entry)
         # the mean may be taken off before both paths part: then the input lies above the difference
         above = None if entry is None else graph.producer.get(entry)
         if above is not None and above.primitive is p.sub_p and len(graph.derived(above)) == 2:
             higher = graph.dominator(graph.derived(above))
             centred = higher is not None and any(r.primitive is p.reduce_sum_p for r in graph.between(above, higher))
             wider = _normalises(graph, e, higher) if higher is not None and centred else None
-            entry, region = (higher, wider) if wider else (entry, region)
-        if not region or entry is None or not graph.fact(entry).data or not graph.sealed(region, e.outputs[0]):
+            entry, found = (higher, wider) if wider else (entry, found)
+        if not found or entry is None or not graph.fact(entry).data:
             continue
-        region, output = _affine(graph, region, entry, e.outputs[0])
+        region, statistics = found
+        if not graph.sealed(region, e.outputs[0], statistics):
+            continue
+        region, output = _affine(graph, region, entry, e.outputs[0], statistics)
         kind, label = _kind(graph, region)
-        graph.claim(Draft(kind, label, region, output, e))
+        # statistics that are read elsewhere too (running averages) are computed there and here
+        shared = graph.needed(region, [v for v in statistics if graph.read_outside(v, region)])
+        own = [r for r in region if r not in shared]
+        graph.claim(Draft(kind, label, own, output, e, shared=shared))
 
 
-def _normalises(graph: Graph, exit: Equation, entry: Value) -> list[Equation] | None:
-    """The equations between, if what `exit` gives is linear in `entry` but for roots of sums, and blind to its scale.
+def _normalises(graph: Graph, exit: Equation, entry: Value) -> tuple[list[Equation], set[Value]] | None:
+    """The equations between and the statistics among their values, if `exit` normalises `entry`.
+
+    That is, if what it gives is linear in `entry` but for roots of sums, and blind to its scale.
 
     Each value has a degree: by what power of c it grows where the entry grows by c, numbers added to it left aside.
     """
@@ -77,7 +85,7 @@ def _normalises(graph: Graph, exit: Equation, entry: Value) -> list[Equation] | 
         else:
             return None
     ends = [v for v in graph.derived(exit) if v in rooted]
-    return region if ends and linear.get(exit.outputs[0]) == 0 else None
+    return (region, set(statistics)) if ends and linear.get(exit.outputs[0]) == 0 else None
 
 
 def _degree(e: Equation, degrees: dict[Value, float]) -> float | None:
@@ -126,7 +134,9 @@ def _shape(e: Equation) -> tuple[int, ...]:
     return tuple(e.outputs[0].aval.shape)
 
 
-def _affine(graph: Graph, region: list[Equation], entry: Value, output: Value) -> tuple[list[Equation], Value]:
+def _affine(
+    graph: Graph, region: list[Equation], entry: Value, output: Value, statistics: set[Value]
+) -> tuple[list[Equation], Value]:
     """With the reshapes around it that undo each other, a scale and a bias after it."""
     above, below = graph.producer.get(entry), graph.reader(output)
     if (
@@ -136,7 +146,7 @@ def _affine(graph: Graph, region: list[Equation], entry: Value, output: Value) -
         and graph.free(above)
         and graph.free(below)
         and above.values[0].aval.shape == _shape(below)
-        and graph.sealed([above, *region, below], below.outputs[0])
+        and graph.sealed([above, *region, below], below.outputs[0], statistics)
     ):
         region, output = [above, *region, below], below.outputs[0]
     for wanted in (p.mul_p, p.add_p):

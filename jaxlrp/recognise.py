@@ -17,7 +17,7 @@ from .facts import Facts
 from .graph import Draft, Graph
 from .kinds import kind_of
 from .norms import claim_norms
-from .program import Block, Body, Equation, Group, Loop, Op, Step, Wrapper, leaves
+from .program import Block, Body, Equation, Group, Loop, Op, Step, Value, Wrapper, leaves
 from .response import claim_response
 from .runs import claim_linear, parameter_step
 from .softmax import claim_softmax
@@ -106,8 +106,9 @@ def _claim_single(graph: Graph, e: Equation) -> None:
 
 def _absorb(graph: Graph) -> None:
     """Literals that a wrapper turns into arrays for one Op alone become part of it, so that the wrapper closes."""
+    several = graph.results | {v for draft in graph.claims.values() for e in draft.shared for v in e.values}
     for e in reversed(graph.equations):
-        if graph.free(e) and e.scopes and graph.literal(e) and not any(v in graph.results for v in e.outputs):
+        if graph.free(e) and e.scopes and graph.literal(e) and several.isdisjoint(e.outputs):
             owners = {graph.claims.get(r) for v in e.outputs for r in graph.readers.get(v, [])}
             owner = owners.pop() if len(owners) == 1 else None
             if owner is not None:
@@ -132,7 +133,7 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
                 continue
             done.setdefault(owner, []).append(node)
             if owner.equations[-1] in live:
-                steps.append(_op(graph, owner, tuple(done.pop(owner))))
+                steps.append(_op(graph, owner, done.pop(owner)))
         elif not isinstance(node, Wrapper):
             bodies = tuple(recognise(b, graph.facts) for b in node.bodies)
             steps.append(Loop(node, bodies, _constant_carries(graph, node), _replaced(graph, node, bodies)))
@@ -172,24 +173,19 @@ def _replaced(graph: Graph, e: Equation, bodies: tuple[Body, ...]) -> tuple[tupl
 
 def _group(graph: Graph, node: Wrapper, inside: set[Equation], steps: list[Step]) -> Group:
     made = dict.fromkeys(v for e in graph.equations if e in inside for v in e.outputs)
-    inputs = dict.fromkeys(v for e in (*inside, *_nodes(steps)) for v in e.values if v not in made)
+    inputs = dict.fromkeys(v for s in steps for v in _reads(s) if v not in made)
     outputs = [v for v in made if v in graph.results or any(r not in inside for r in graph.readers.get(v, []))]
     return Group(node, tuple(steps), tuple(inputs), tuple(outputs))
 
 
-def _nodes(steps: Sequence[Step]) -> list[Equation]:
-    """The equations that these steps evaluate as they stand."""
-    found: list[Equation] = []
-    for s in steps:
-        if isinstance(s, Op):
-            found += s.steps
-        elif isinstance(s, Group):
-            found += _nodes(s.steps)
-        elif isinstance(s, Loop):
-            found.append(s.equation)
-        else:
-            found.append(s)
-    return found
+def _reads(step: Step) -> Sequence[Value]:
+    if isinstance(step, Op):
+        return (*step.inputs, *step.params)
+    if isinstance(step, Group):
+        return step.inputs
+    if isinstance(step, Loop):
+        return step.equation.values
+    return tuple(v for e in (step, *leaves([step])) for v in e.values)
 
 
 def _source(graph: Graph, e: Equation) -> str:
@@ -198,7 +194,8 @@ def _source(graph: Graph, e: Equation) -> str:
     return next((s for s in (source_of(x.eqn) for x in (e, *around)) if s), "")
 
 
-def _op(graph: Graph, draft: Draft, steps: tuple[Equation, ...]) -> Op:
+def _op(graph: Graph, draft: Draft, nodes: Sequence[Equation]) -> Op:
+    steps = (*draft.shared, *nodes)
     made = {v for e in leaves(steps) for v in e.outputs}
     # a wrapper also reads what its body leaves unused; its body also reads constants
     read = dict.fromkeys(v for e in (*steps, *draft.equations) for v in e.values if v not in made)

@@ -213,12 +213,43 @@ def test_what_is_no_norm(f: Callable):
 
 
 def test_statistics_that_are_read_elsewhere():
-    """Running averages that the function returns: the layer cannot be one Op, its values stay what they are."""
+    """Running averages that the function returns: computed on their own, the layer stays one Op."""
     model = nn.BatchNorm(use_running_average=False)
     variables = model.init(jax.random.key(0), X)
     f = lambda x: model.apply(variables, x, mutable=["batch_stats"])
-    value, _ = value_and_lrp(f, composites.epsilon())(X)
-    close(value[0], f(X)[0])
+    alone = lambda x: f(x)[0]
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    for composite in (composites.epsilon(), Composite([(NORMS, rules.ConstantStatistics())]) + composites.epsilon()):
+        value, relevance = value_and_lrp(f, composite, target=lambda y: (y[0], zeros(y[1])))(X)
+        close(value[0], f(X)[0])
+        close(relevance, lrp(alone, composite)(X), 1e-12)
+    # what starts at the averages goes its own way: as if the function returned nothing else
+    averages = lambda x: jax.tree.leaves(f(x)[1])
+    close(lrp(f, composites.epsilon(), target=lambda y: (zeros(y[0]), y[1]))(X), lrp(averages, composites.epsilon())(X))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_statistic_that_a_later_layer_reads(jitted):
+    """Statistics are one Op's own and another's input, whether or not a jit stands around either of them."""
+    wrap = jax.jit if jitted else lambda f: f
+
+    @wrap
+    def norm(x):
+        mean = x.mean(-1, keepdims=True)
+        scale = lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-5)
+        return (x - mean) * scale, mean, scale
+
+    def once(x):
+        y, mean, scale = norm(x)
+        return (y + mean + scale) * 2.0
+
+    def thrice(x):
+        return (norm(x)[0] + norm(x)[1] + norm(x)[2]) * 2.0
+
+    assert [r.kind for r in plan(once, composites.epsilon())(X)].count("layer_norm") == 1
+    value, relevance = value_and_lrp(once, composites.epsilon())(X)
+    close(value, once(X))
+    close(relevance, lrp(thrice, composites.epsilon())(X), 1e-12)
 
 
 def test_in_a_scan():
