@@ -146,6 +146,11 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
             f"while at {op.source}: relevance cannot pass a while_loop whose length depends on data; write "
             f"lax.fori_loop with constant bounds, or lax.scan"
         )
+    if op.label == "embedding":
+        raise UnknownPrimitiveError(
+            f"{op.primitive} at {op.source}: an explained id is one of several indices, whose share of the relevance is "
+            f"unclear; index one axis at a time, table[i][arange, j], or table.reshape(-1, width)[i * columns + j]"
+        )
     if len(op.inputs) > 1:
         raise UnknownPrimitiveError(
             f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which combines {len(op.inputs)} "

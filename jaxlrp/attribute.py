@@ -21,20 +21,29 @@ from .program import Atom, Body, Constant, Op, leaves
 from .recognise import recognise
 from .rules import Gradient, Rule, broadcasts
 from .select import Selector
+from .tokens import carrier_of, carrying
 from .trace import Traced, trace
 
 Target = Any  # None | int | integer array | callable
 
 
 def analyse(
-    fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None
+    fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None, tokens: bool = True
 ) -> tuple[Traced, Body]:
     if not callable(fun):
         raise InputError(f"the first argument must be a function, got {fun!r}")
-    traced = trace(fun, args, kwargs, argnums)
+    traced = trace(fun, args, kwargs, argnums, tokens)
     facts = dict(traced.facts)
     infer(traced.block, facts)
-    prune(traced.block, facts, traced.block.outputs)
+    reached = prune(traced.block, facts, traced.block.outputs)
+    for i, title in zip(traced.explained, traced.titles, strict=True):
+        value = traced.block.inputs[i]
+        if argnums is not None and facts[value].token and value not in reached:
+            raise InputError(
+                f"the explained argument {title} has dtype {value.aval.dtype} and selects nothing that relevance "
+                f"reaches: integers are explained as ids that index an embedding; relevance of other numbers needs a "
+                f"floating-point input, write .astype(jnp.float32)"
+            )
     body = recognise(traced.block, facts)
     return traced, place(body, [traced.block.inputs[i] for i in traced.explained])
 
@@ -60,7 +69,8 @@ def rewrite(
     Args:
       fun: any JAX function. Arguments that are not arrays stay Python values, as under `jax.grad`.
       composite: which rule each layer gets.
-      argnums: the explained positional argument, or several; floating point, any pytree.
+      argnums: the explained positional argument, or several; floating point, any pytree. (Token ids, which have no
+        cotangent, are for `lrp`.)
       on_unknown: "error", or "gradient" to let the plain derivative through primitives that have no kind.
 
     Relevance of an output is pulled back by `y, pull = jax.vjp(rewrite(f, c), x); (R,) = pull(y)`. Only the cotangents
@@ -72,7 +82,7 @@ def rewrite(
 
     @functools.wraps(fun, updated=())
     def rewritten(*args: Any, **kwargs: Any) -> Any:
-        traced, body = analyse(fun, args, kwargs, argnums)
+        traced, body = analyse(fun, args, kwargs, argnums, tokens=False)
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
         outputs = Interpreter(body)(Settings(chosen_rules(ops, rules)), *traced.arrays)
@@ -105,6 +115,9 @@ def value_and_lrp(
         mask serves every iteration. Several conditions at once: `jax.vmap` over the masks, which maps the backward pass
         alone.
 
+    The explained argument may hold token ids (integers that index an embedding): the relevance of an id is that of what
+    it selects, summed over the features, in float.
+
     Returns relevance shaped like the explained argument, in its dtype; a tuple of them if `argnums` is a sequence.
 
     Raises: as `rewrite`; TargetError for a target out of range or of the wrong shape; InputError for NaN parameters
@@ -126,11 +139,11 @@ def value_and_lrp(
         def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
             arrays = list(traced.arrays)
             for i, x in zip(traced.explained, xs, strict=True):
-                arrays[i] = x
+                arrays[i] = carrying(arrays[i], x)
             outputs = run(dataclasses.replace(settings, probes=probes), *arrays)
             return jax.tree.unflatten(traced.out_tree, outputs)
 
-        value, pull = jax.vjp(forward, [jnp.asarray(traced.arrays[i]) for i in traced.explained], probes)
+        value, pull = jax.vjp(forward, [carrier_of(traced.arrays[i]) for i in traced.explained], probes)
         received, seen = pull(start(value, target))
         relevance = jax.tree.unflatten(traced.explained_tree, received)
         return (value, relevance) if layers is None else (value, relevance, {ops[i].name: seen[i] for i in watched})

@@ -19,6 +19,7 @@ from .rules import (
     AlphaBeta,
     BetaSmooth,
     DeconvNet,
+    EmbeddingSum,
     Epsilon,
     Flat,
     GeneralizedGamma,
@@ -101,15 +102,17 @@ def base() -> Composite:
     """What serves every composite where its own rows leave an Op open.
 
     Activations, reshapes, norms and a BatchNorm without a linear neighbour pass; sums, scales and average pools are in
-    proportion; max-pools to the winner; softmax, products and matrix products as AttnLRP. Dense and conv have no
-    default: none given is an error. Preprocessing of the explained input that did not join its first layers passes
-    where one of them has Flat, WSquare or ZBox: in proportion to x / (x - mean) their relevance would explode.
+    proportion; max-pools to the winner; a token gets the sum over its embedding; softmax, products and matrix products
+    as AttnLRP. Dense and conv have no default: none given is an error. Preprocessing of the explained input that did
+    not join its first layers passes where one of them has Flat, WSquare or ZBox: in proportion to x / (x - mean) their
+    relevance would explode.
     """
     return Composite([
         (kind("activation", "structural", "blocked"), Pass()),
         (kind("batch_norm", "layer_norm", "rms_norm", "group_norm", "local_response_norm"), Pass()),
         (kind("scale", "add", "reduce", "avg_pool", "resize"), Epsilon(1e-9)),
         (kind("max_pool"), Winner()),
+        (kind("embedding"), EmbeddingSum()),
         (kind("softmax"), SoftmaxTaylor()),
         (kind("product"), Uniform()),
         (kind("matmul"), UniformEpsilon(1e-9)),

@@ -13,8 +13,9 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from . import _compat
-from .kinds import kind_of
+from .kinds import STRUCTURAL, kind_of
 from .program import Atom, Block, Constant, Equation, Fact, Value
+from .tokens import compares_with_all, embeds, makes_token
 
 Facts = dict[Value, Fact]
 
@@ -52,6 +53,7 @@ def join(facts: Iterable[Fact]) -> Fact:
         nonneg=all(f.nonneg for f in some),
         names=tuple(dict.fromkeys(n for f in some for n in f.names)),
         root=any(f.root for f in some),
+        token=any(f.token for f in some),
     )
 
 
@@ -59,14 +61,21 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
     """Adds the facts of every value in `block` (those of its inputs are there); returns those of its outputs."""
     for value in block.constants:
         facts[value] = Fact()
+    counts: set[Value] = set()  # 0, 1, 2 ... along an axis
     for e in block.equations:
         inputs = [fact_of(facts, a) for a in e.inputs]
+        tokens = [f.token for f in inputs]
         if e.primitive is p.scan_p:
             outputs = _scan(e, inputs, facts)
         elif e.primitive is p.cond_p:
             outputs = _cond(e, inputs, facts)
         else:
-            outputs = [_simple(e, inputs)] * len(e.outputs)
+            fact = _simple(e, inputs)
+            if e.primitive is p.iota_p or (e.primitive in STRUCTURAL and any(a in counts for a in e.inputs)):
+                counts.update(e.outputs)
+            token = makes_token(e, tokens) or compares_with_all(e, tokens, counts)
+            data = fact.data or embeds(e, tokens)
+            outputs = [fact._replace(data=data, token=token)] * len(e.outputs)
         for value, fact in zip(e.outputs, outputs, strict=True):
             inexact = jnp.issubdtype(value.aval.dtype, jnp.inexact)
             facts[value] = fact._replace(data=fact.data and inexact)
@@ -78,7 +87,7 @@ def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
 
     The block's inputs keep it, so that what blocks relevance is seen even where nothing lies before it.
     """
-    reached = {a for a in wanted if isinstance(a, Value) and facts[a].data}
+    reached = {a for a in wanted if isinstance(a, Value) and facts[a].relevant}
     for e in reversed(block.equations):
         arrives = [v in reached for v in e.outputs]
         if not any(arrives):
@@ -91,18 +100,21 @@ def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
         else:
             reads = [True] * len(e.inputs)
         found = zip(e.inputs, reads, strict=True)
-        reached |= {a for a, read in found if read and isinstance(a, Value) and facts[a].data}
+        reached |= {a for a, read in found if read and isinstance(a, Value) and facts[a].relevant}
     for v in (v for e in block.equations for v in e.outputs):
-        if v not in reached:
-            facts[v] = facts[v]._replace(data=False)
+        facts[v] = _kept(facts[v], v in reached)
     return reached
 
 
 def _reads(body: Block, facts: Facts, arrives: Sequence[bool]) -> list[bool]:
     """Which inputs of a loop's body relevance reaches, if it arrives at these outputs."""
     reached = prune(body, facts, [a for a, here in zip(body.outputs, arrives, strict=True) if here])
-    facts.update({v: facts[v]._replace(data=v in reached) for v in body.inputs})
+    facts.update({v: _kept(facts[v], v in reached) for v in body.inputs})
     return [v in reached for v in body.inputs]
+
+
+def _kept(fact: Fact, reached: bool) -> Fact:
+    return fact._replace(data=fact.data and reached, token=fact.token and reached)
 
 
 def _scan_reads(e: Equation, arrives: list[bool], facts: Facts) -> list[bool]:

@@ -57,6 +57,10 @@ class Graph:
         """Operands of `e` that carry relevance, in order, repeats included."""
         return [v for v in e.inputs if isinstance(v, Value) and self.facts[v].data]
 
+    def tokens(self, e: Equation) -> list[Value]:
+        """Operands of `e` that are ids to be explained."""
+        return [v for v in e.inputs if isinstance(v, Value) and self.facts[v].token]
+
     def derived(self, e: Equation) -> list[Value]:
         """Operands of `e` that depend on the explained input in any way."""
         return [v for v in e.inputs if isinstance(v, Value) and self.facts[v].derived]
@@ -64,6 +68,10 @@ class Graph:
     def carries(self, e: Equation) -> bool:
         """Whether relevance passes through `e`."""
         return bool(self.data(e)) and any(self.fact(v).data for v in e.outputs)
+
+    def relevant(self, e: Equation) -> bool:
+        """Whether relevance, or ids that it will arrive at, pass through `e`."""
+        return bool(self.data(e) or self.tokens(e)) and any(self.fact(v).relevant for v in e.outputs)
 
     def known(self, value: Value) -> bool:
         """Whether anything computes `value`: what only dead code reads is not computed."""

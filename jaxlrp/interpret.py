@@ -11,6 +11,7 @@ iteration. A mask multiplies the relevance that arrives at an Op's output. Both 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from . import _compat
 from .errors import InputError
 from .program import Atom, Body, Constant, Equation, Group, Loop, Op, Step
 from .rules import Layer, Rule
+from .tokens import Token, evaluate, plain, tokenise
 
 Env = dict[Atom, Any]
 # what a probe's cotangent is: report(layer, rule, relevance that arrived, relevance passed on to each input)
@@ -55,7 +57,7 @@ class Interpreter:
         self._jitted: dict[Group, Any] = {}
 
     def __call__(self, settings: Settings, *inputs: Any) -> list[Any]:
-        return self._run_body(self.body, settings, inputs)
+        return list(map(plain, self._run_body(self.body, settings, inputs)))
 
     def _run_body(self, body: Body, settings: Settings, inputs: Sequence[Any]) -> list[Any]:
         env: Env = dict(zip((*body.constants, *body.inputs), (*body.constants.values(), *inputs), strict=True))
@@ -81,7 +83,9 @@ class Interpreter:
             for e in op.steps:
                 _evaluate(e, env, stop=op.kind == "blocked")
             return
-        inputs, params = [env[v] for v in op.inputs], [env[v] for v in op.params]
+        embeds = op.kind == "embedding"
+        inputs = [tokenise(env[v], embeds) for v in op.inputs]
+        params = [plain(env[v]) for v in op.params]
         probe, mask = settings.probes.get(i), settings.masks.get(i)
         env[op.output] = apply(op, settings.rules[i], inputs, params, probe, mask, self._report)
 
@@ -119,15 +123,17 @@ class Interpreter:
     def _loop(self, loop: Loop, settings: Settings, inputs: list[Any]) -> Sequence[Any]:
         e, ends = loop.equation, settings.probes.get(self._index[loop])
         if e.primitive is p.cond_p:
-            branches = [
-                lambda *xs, k=k: tuple(self._end(loop, k, ends, self._run_body(loop.bodies[k], settings, xs)))
-                for k in range(len(loop.bodies))
-            ]
-            return lax.switch(inputs[0], branches, *inputs[1:])
+
+            def branch(k: int, *xs: Any) -> tuple[Any, ...]:
+                outputs = self._run_body(loop.bodies[k], settings, list(map(tokenise, xs, loop.tokens[k])))
+                return tuple(map(tokenise, self._end(loop, k, ends, outputs), loop.makes_tokens))
+
+            branches = [functools.partial(branch, k) for k in range(len(loop.bodies))]
+            return lax.switch(plain(inputs[0]), branches, *inputs[1:])
         consts, carries = _compat.scan_arity(e.params)
-        (body,) = loop.bodies
+        (body,), (tokens,) = loop.bodies, loop.tokens
+        inputs = list(map(tokenise, inputs, tokens))
         if ends is not None:
-            inputs = [*inputs]
             for j, c in enumerate(loop.constants):
                 inputs[consts + c] = _ending(inputs[consts + c], ends[j])
         probes = settings.of(self._within(body)).probes
@@ -136,7 +142,8 @@ class Interpreter:
             probes, xs = xs
             inner = dataclasses.replace(settings, probes=probes)
             outputs = self._end(loop, 0, ends, self._run_body(body, inner, [*inputs[:consts], *carry, *xs]))
-            return tuple(outputs[:carries]), tuple(outputs[carries:])
+            kept = map(tokenise, outputs[:carries], tokens[consts : consts + carries])
+            return tuple(kept), tuple(outputs[carries:])
 
         carry, ys = lax.scan(
             step,
@@ -189,7 +196,7 @@ def apply(
     """The Op's value, with the rule as its derivative with respect to the inputs."""
 
     def evaluate(rule: Rule, inputs: list[Any], params: list[Any], probe: Any, mask: Any) -> Any:
-        env: Env = dict(zip((*op.inputs, *op.params), (*inputs, *params), strict=True))
+        env: Env = dict(zip((*op.inputs, *op.params), (*map(plain, inputs), *params), strict=True))
         for e in op.steps:
             _evaluate(e, env)
         return env[op.output]
@@ -204,14 +211,13 @@ def apply(
 
     def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None, Any, None]:
         rule, (inputs, params, output), mask = saved
-        layer = Layer(op, inputs, params, output, books=probed)
+        layer = Layer(op, inputs and list(map(plain, inputs)), params, output, books=probed)
         relevance = relevance.astype(layer.dtype)
         if mask is not None:
             relevance = relevance * jnp.asarray(mask, layer.dtype)
         received = _checked(op, rule, rule.propagate(layer, relevance))
         row = report(layer, rule, relevance, received) if probed and report is not None else None
-        dtypes = [v.aval.dtype for v in op.inputs]
-        sent = [jnp.asarray(r).astype(d) for r, d in zip(received, dtypes, strict=True)]
+        sent = [_sent(r, v) for r, v in zip(received, op.inputs, strict=True)]
         return None, sent, None, row, None
 
     function = jax.custom_vjp(evaluate)
@@ -232,11 +238,19 @@ def _checked(op: Op, rule: Rule, received: Any) -> Sequence[jax.Array]:
     return received
 
 
+def _sent(received: jax.Array, value: Any) -> Any:
+    """Relevance as the cotangent of an Op's input: at ids, of their carrier."""
+    if jnp.issubdtype(value.aval.dtype, jnp.inexact):
+        return received.astype(value.aval.dtype)
+    return Token(None, received.astype(float))
+
+
 _KEPT = ("inputs", "params", "output")
 
 
 def _evaluate(e: Equation, env: Env, stop: bool = False) -> None:
-    outputs = e.evaluate(*(_read(env, a) for a in e.inputs))
+    values = [_read(env, a) for a in e.inputs]
+    outputs = evaluate(e, values) if any(isinstance(v, Token) for v in values) else e.evaluate(*values)
     env.update(zip(e.outputs, map(lax.stop_gradient, outputs) if stop else outputs, strict=True))
 
 

@@ -44,6 +44,7 @@ class Fact(NamedTuple):
     nonneg: no element can be negative.
     names: key paths of the parameters it was computed from.
     root: a square root was taken on the way (how a BatchNorm's scale is told from any other).
+    token: integers that stand for explained ids, so that relevance may arrive where they select something.
     """
 
     data: bool = False
@@ -51,6 +52,12 @@ class Fact(NamedTuple):
     nonneg: bool = False
     names: tuple[str, ...] = ()
     root: bool = False
+    token: bool = False
+
+    @property
+    def relevant(self) -> bool:
+        """Whether relevance may arrive here."""
+        return self.data or self.token
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,6 +219,8 @@ class Loop:
     bodies: tuple[Body, ...]
     constants: tuple[int, ...] = ()  # carries that start from a constant: relevance that reaches the start ends there
     replaced: tuple[tuple[int, ...], ...] = ()  # of each body, outputs that are constants where others carry data
+    tokens: tuple[tuple[bool, ...], ...] = ()  # which inputs of each body are explained ids
+    makes_tokens: tuple[bool, ...] = ()  # which outputs are
 
     @property
     def ends(self) -> int:

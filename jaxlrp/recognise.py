@@ -1,8 +1,9 @@
 """Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
 
-Order of claims: softmax, norms, local response normalisation, activations, linear runs, trees of adds, runs of scales,
-and what nothing claims stays an Op of one equation. An Op's inner values are read nowhere else, so replacing it by a
-`custom_vjp` whose forward pass is its own equations never changes the forward value.
+Order of claims: embeddings, softmax, norms, local response normalisation, activations, linear runs, trees of adds, runs
+of scales, and what nothing claims stays an Op of one equation. An Op computes all that it is made of (what is read
+elsewhere too is computed there as well), so replacing it by a `custom_vjp` whose forward pass is its own equations
+never changes the forward value.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from .response import claim_response
 from .runs import claim_linear, parameter_step
 from .softmax import claim_softmax
 from .source import source_of
+from .tokens import embeds
 
 
 def recognise(block: Block, facts: Facts) -> Body:
     """Groups the block's equations, and those of the loops in it, into Ops."""
     graph = Graph(block, facts)
+    _claim_embeddings(graph)
     claim_softmax(graph)
     claim_norms(graph)
     claim_response(graph)
@@ -35,12 +38,26 @@ def recognise(block: Block, facts: Facts) -> Body:
     _claim_adds(graph)
     _claim_scales(graph)
     for e in graph.equations:
-        if graph.free(e) and not (e.bodies and graph.carries(e)):
+        if graph.free(e) and not (e.bodies and graph.relevant(e)):
             _claim_single(graph, e)
     _absorb(graph)
     steps = tuple(_lower(graph, block.nodes, {}))
     carries = tuple(graph.fact(a).data for a in block.outputs)
     return Body(block.inputs, block.outputs, block.constants, steps, carries)
+
+
+def _claim_embeddings(graph: Graph) -> None:
+    """Every equation in which ids become numbers; index arithmetic before it is run as it stands."""
+    for e in graph.equations:
+        if graph.data(e) or not embeds(e, [graph.fact(a).token for a in e.inputs]):
+            continue
+        # a batched index is one of several, the others none of the explained ids
+        index = [graph.producer.get(v) for v in graph.tokens(e)]
+        joined = [m for m in index if m is not None and m.primitive is p.concatenate_p and e.primitive is p.gather_p]
+        ids = [v for m in joined or [e] for v in graph.tokens(m)]
+        known = len(ids) == 1 and (e.primitive is not p.gather_p or ids[0].aval.shape[-1] == 1)
+        kind = "embedding" if known else "unknown"
+        graph.claim(Draft(kind, "embedding", [e], e.outputs[0], e, shared=joined))
 
 
 def _claim_adds(graph: Graph) -> None:
@@ -124,8 +141,10 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
         if not live:
             continue
         owners = {graph.claims.get(e) for e in live}
-        loops = any(e.bodies and graph.carries(e) for e in live)
+        loops = any(e.bodies and graph.relevant(e) for e in live)
         whole = not isinstance(node, Wrapper) or (_closes(node) and all(graph.known(v) for v in node.values))
+        # what moves ids is evaluated equation by equation, wrappers opened
+        whole = whole and not (owners == {None} and isinstance(node, Wrapper) and any(map(graph.relevant, live)))
         if len(owners) == 1 and not loops and whole:
             (owner,) = owners
             if owner is None:
@@ -136,7 +155,10 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
                 steps.append(_op(graph, owner, done.pop(owner)))
         elif not isinstance(node, Wrapper):
             bodies = tuple(recognise(b, graph.facts) for b in node.bodies)
-            steps.append(Loop(node, bodies, _constant_carries(graph, node), _replaced(graph, node, bodies)))
+            tokens = tuple(tuple(graph.facts[v].token for v in b.inputs) for b in node.bodies)
+            made = tuple(graph.facts[v].token for v in node.outputs)
+            constant, replaced = _constant_carries(graph, node), _replaced(graph, node, bodies)
+            steps.append(Loop(node, bodies, constant, replaced, tokens, made))
         else:
             inside = set(live)
             crossed = any(o is not None and not inside.issuperset(o.equations) for o in owners)
@@ -199,8 +221,9 @@ def _op(graph: Graph, draft: Draft, nodes: Sequence[Equation]) -> Op:
     made = {v for e in leaves(steps) for v in e.outputs}
     # a wrapper also reads what its body leaves unused; its body also reads constants
     read = dict.fromkeys(v for e in (*steps, *draft.equations) for v in e.values if v not in made)
-    inputs = tuple(v for v in read if graph.fact(v).data)
-    params = tuple(v for v in read if not graph.fact(v).data)
+    embeds = draft.kind in ("embedding", "unknown")
+    inputs = tuple(v for v in read if graph.fact(v).data or (embeds and graph.fact(v).token))
+    params = tuple(v for v in read if v not in inputs)
     kernel = [draft.linear.core.inputs[1 - draft.linear.slot]] if draft.linear else []
     paths = dict.fromkeys(n for v in [*kernel, *params] for n in graph.fact(v).names)
     return Op(

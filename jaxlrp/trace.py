@@ -29,12 +29,14 @@ from .program import Atom, Block, Constant, Equation, Fact, Value, Wrapper
 class Traced:
     """A traced call: the block, what each of its inputs is, and how to put arguments and results together.
 
-    explained: positions, among the block's inputs, of the explained argument's leaves. facts: those of the inputs.
+    explained: positions, among the block's inputs, of the explained argument's leaves; titles: what messages call them.
+    facts: those of the inputs.
     """
 
     block: Block
     facts: dict[Value, Fact]
     explained: tuple[int, ...]
+    titles: tuple[str, ...]
     explained_tree: Any
     out_tree: Any
     arrays: tuple[Any, ...]
@@ -80,13 +82,16 @@ def _names(fun: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
     return [title if not key else key if seen[key] == 1 else f"{title}/{key}" for title, key in pairs]
 
 
-def trace(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None) -> Traced:
+def trace(
+    fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None, tokens: bool = True
+) -> Traced:
     """Traces `fun(*args, **kwargs)`, with relevance to arrive at the arguments `argnums` (None: at all that can).
 
-    Arguments that are not arrays stay Python values, as under `jax.grad`; leaves may be `jax.ShapeDtypeStruct`.
+    tokens: whether integers may be explained. Arguments that are not arrays stay Python values, as under `jax.grad`;
+    leaves may be `jax.ShapeDtypeStruct`.
 
     Raises:
-      InputError: an argnum that does not exist, an explained argument that is not floating point or is empty.
+      InputError: an argnum that does not exist, an explained argument of another dtype, or that is empty.
     """
     wanted = () if argnums is None else check_argnums(fun, argnums, len(args))
     names = _names(fun, args, kwargs)
@@ -100,10 +105,10 @@ def trace(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Seq
         if owner in wanted:
             explained.append(len(dynamic))
             dynamic.append(i)
-            leaves[i] = explainable(leaf, names[i], owner)
+            leaves[i] = explainable(leaf, names[i], owner, tokens)
         elif _is_array(leaf):
             dynamic.append(i)
-            if argnums is None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            if argnums is None and jnp.issubdtype(leaf.dtype, jnp.number):
                 explained.append(len(dynamic) - 1)
     if not explained:
         raise InputError(f"argnums={argnums!r} holds no array to explain")
@@ -121,20 +126,25 @@ def trace(fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Seq
     facts = {}
     for j, (value, i) in enumerate(zip(block.inputs, dynamic, strict=True)):
         mark = j in explained
-        facts[value] = Fact(data=mark, derived=mark, names=() if mark else (names[i],))
+        ids = jnp.issubdtype(value.aval.dtype, jnp.integer)
+        name = () if mark else (names[i],)
+        facts[value] = Fact(data=mark and not ids, derived=mark, names=name, token=mark and ids)
     explained_tree = jax.tree.structure(args[wanted[0]] if isinstance(argnums, int) else tuple(args[i] for i in wanted))
     order = explained if argnums is None else sorted(explained, key=lambda j: wanted.index(owners[dynamic[j]]))
-    return Traced(block, facts, tuple(order), explained_tree, jax.tree.structure(out), arrays)
+    titles = tuple(f"{owners[dynamic[j]]} ({names[dynamic[j]]})" for j in order)
+    return Traced(block, facts, tuple(order), titles, explained_tree, jax.tree.structure(out), arrays)
 
 
-def explainable(leaf: Any, name: str, argnum: int) -> Any:
+def explainable(leaf: Any, name: str, argnum: int, tokens: bool = False) -> Any:
+    """`leaf` as an array, if relevance can arrive there: it is floating point, or integer ids where those will do."""
     if not _is_array(leaf) and not isinstance(leaf, (bool, int, float, complex)):
         raise InputError(f"the explained argument {argnum} ({name}) is a {type(leaf).__name__}: it must be an array")
     array = leaf if _is_array(leaf) else jnp.asarray(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    ids = tokens and _is_array(leaf) and jnp.issubdtype(array.dtype, jnp.integer)
+    if not ids and not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(
             f"the explained argument {argnum} ({name}) has dtype {array.dtype}: relevance needs a floating-point "
-            f"input; convert it with .astype(jnp.float32), or explain the output of the embedding it selects"
+            f"input; convert it with .astype(jnp.float32) (integers that index an embedding are explained by lrp)"
         )
     return array
 

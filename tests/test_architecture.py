@@ -20,6 +20,7 @@ ORDER = [
     "_compat",
     "kinds",
     "program",
+    "tokens",
     "counted",
     "trace",
     "facts",

@@ -193,6 +193,11 @@ for value, dtype in ((np.arange(4), "int64"), (X > 0, "bool"), (X + 1j, "complex
             lambda value=value, verb=verb: verb(dense, EPSILON)(value),
             f"explained argument 0 (x) .. {dtype} .. floating-point .. .astype(jnp.float32)",
         )
+case(
+    UnknownPrimitiveError,
+    lambda: lrp(lambda i, j: jnp.ones((4, 3, 2))[i, j], EPSILON, (0, 1))(np.arange(2), np.arange(2)),
+    "gather at test_errors.py .. several indices .. table[i]",
+)
 case(InputError, lambda: run(lambda x: 1.0, EPSILON, "text"), "explained argument 0 (x) is a str .. an array")
 case(InputError, lambda: run(lambda x: x["a"] @ W, EPSILON, {"a": X, "ids": np.arange(3)}), "(ids) .. int64")
 case(InputError, lambda: gradients.gradient(lambda x: 2.0 * x)(np.arange(3)), "int64 .. floating-point")

@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..interpret import Interpreter, Settings, lead, loops
 from ..program import Body
 from ..rules import Layer, Rule
+from ..tokens import carrier_of, carrying
 from ..trace import check_argnums
 
 COLUMNS = ("arrived", "passed", "bias", "stabiliser", "dropped", "created", "ended", "size")
@@ -164,14 +165,16 @@ def conservation(
 
         def books(xs: list[Any], target: Target, arrays: list[Any]) -> tuple[Any, Any]:
             arrays = list(arrays)
+            for i, x in zip(traced.explained, xs, strict=True):
+                arrays[i] = x[None] if batched else x
 
             def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
                 for i, x in zip(traced.explained, xs, strict=True):
-                    arrays[i] = x[None] if batched else x
+                    arrays[i] = carrying(arrays[i], x[None] if batched else x)
                 outputs = interpreter(dataclasses.replace(settings, probes=probes), *arrays)
                 return jax.tree.unflatten(traced.out_tree, outputs)
 
-            value, pull = jax.vjp(forward, xs, probes)
+            value, pull = jax.vjp(forward, [carrier_of(x) for x in xs], probes)
             begun = start(value, target)
             received, rows = pull(begun)
             nowhere = [r for r, carries in zip(jax.tree.leaves(begun), body.carries, strict=True) if not carries]

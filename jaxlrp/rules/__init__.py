@@ -3,6 +3,7 @@
 from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor
 from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, divide, rule, stabilise
 from .domain import Flat, WSquare, ZBox
+from .embedding import EmbeddingSum
 from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
 from .normalisation import ConstantStatistics
 from .pattern import PatternAttribution, PatternNet
@@ -18,6 +19,7 @@ __all__ = [
     "BetaSmooth",
     "ConstantStatistics",
     "DeconvNet",
+    "EmbeddingSum",
     "Epsilon",
     "Flat",
     "FourQuadrant",

@@ -74,7 +74,7 @@ class Gradient(Rule):
     conserves: ClassVar[bool] = False
 
     def supports(self, op: Op) -> bool:
-        return True
+        return op.kind != "embedding"  # an id has no derivative
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         _, pull = jax.vjp(layer.apply, *layer.inputs)
