@@ -148,8 +148,8 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
         )
     if op.label == "embedding":
         raise UnknownPrimitiveError(
-            f"{op.primitive} at {op.source}: an explained id is one of several indices, whose share of the relevance is "
-            f"unclear; index one axis at a time, table[i][arange, j], or table.reshape(-1, width)[i * columns + j]"
+            f"{op.primitive} at {op.source}: an explained id is one of several indices, whose share of the relevance "
+            f"is unclear; index one axis at a time, table[i][arange, j], or table.reshape(-1, width)[i * columns + j]"
         )
     if len(op.inputs) > 1:
         raise UnknownPrimitiveError(

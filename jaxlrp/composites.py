@@ -17,7 +17,9 @@ from .errors import InputError
 from .program import Op
 from .rules import (
     AlphaBeta,
+    Attention,
     BetaSmooth,
+    ConstantStatistics,
     DeconvNet,
     EmbeddingSum,
     Epsilon,
@@ -30,6 +32,7 @@ from .rules import (
     PatternNet,
     Rule,
     SoftmaxTaylor,
+    Stop,
     Uniform,
     UniformEpsilon,
     Winner,
@@ -102,10 +105,10 @@ def base() -> Composite:
     """What serves every composite where its own rows leave an Op open.
 
     Activations, reshapes, norms and a BatchNorm without a linear neighbour pass; sums, scales and average pools are in
-    proportion; max-pools to the winner; a token gets the sum over its embedding; softmax, products and matrix products
-    as AttnLRP. Dense and conv have no default: none given is an error. Preprocessing of the explained input that did
-    not join its first layers passes where one of them has Flat, WSquare or ZBox: in proportion to x / (x - mean) their
-    relevance would explode.
+    proportion; max-pools to the winner; a token gets the sum over its embedding; softmax, products, matrix products and
+    attention as AttnLRP. Dense and conv have no default: none given is an error. Preprocessing of the explained input
+    that did not join its first layers passes where one of them has Flat, WSquare or ZBox: in proportion to
+    x / (x - mean) their relevance would explode.
     """
     return Composite([
         (kind("activation", "structural", "blocked"), Pass()),
@@ -116,6 +119,7 @@ def base() -> Composite:
         (kind("softmax"), SoftmaxTaylor()),
         (kind("product"), Uniform()),
         (kind("matmul"), UniformEpsilon(1e-9)),
+        (kind("attention"), Attention()),
     ])  # fmt: skip
 
 
@@ -177,6 +181,40 @@ def excitation_backprop() -> Composite:
     return Composite([(kind("dense", "conv"), ZPlus())])
 
 
+def attnlrp(norm: str = "identity", epsilon: Any = 1e-6, gamma: Any = None, conv_gamma: Any = None) -> Composite:
+    """AttnLRP (Achtibat et al. 2024): attention and products share relevance equally between their operands.
+
+    norm: LayerNorm and its kin as "identity", or with "constant_statistics" (what the authors' gradient x input
+    implementation does). Dense and conv layers have Epsilon(epsilon), or GeneralizedGamma where gamma (dense) or
+    conv_gamma is a number, as vision transformers want it. Raises InputError for another norm.
+    """
+    return _transformer("attnlrp", norm, epsilon, gamma, conv_gamma)
+
+
+def cp_lrp(
+    norm: str = "constant_statistics", epsilon: Any = 1e-6, gamma: Any = None, conv_gamma: Any = None
+) -> Composite:
+    """CP-LRP (Ali et al. 2022): attention weights, and the gates of products, are constants.
+
+    Relevance passes attention through its values alone, a gated unit through its ungated branch
+    (`rules.SignalTakesAll`), and ends at a softmax that is no part of attention. Arguments as in `attnlrp`.
+    """
+    constant: list[Row] = [
+        (kind("attention"), Attention("constant")),
+        (kind("softmax"), Stop()),
+    ]
+    return Composite(constant) + _transformer("cp_lrp", norm, epsilon, gamma, conv_gamma)
+
+
+def _transformer(name: str, norm: str, epsilon: Any, gamma: Any, conv_gamma: Any) -> Composite:
+    rules: dict[str, Rule] = {"identity": Pass(), "constant_statistics": ConstantStatistics(1e-9)}
+    if norm not in rules:
+        raise InputError(f'{name}(norm={norm!r}): write "identity" or "constant_statistics"')
+    linear = [Epsilon(epsilon) if g is None else GeneralizedGamma(g) for g in (gamma, conv_gamma)]
+    norms = kind("layer_norm", "rms_norm", "group_norm")
+    return Composite([(norms, rules[norm]), (kind("dense"), linear[0]), (kind("conv"), linear[1])])
+
+
 def _gradient_with(relu: Rule) -> Composite:
     return Composite([(kind("activation"), relu), (everything(), Gradient())])
 
@@ -216,7 +254,7 @@ def _gradient_but(patterns: Mapping[str, Any], rule: type[PatternNet]) -> Compos
 
 
 __all__ = [
-    "Composite", "base", "beta_smooth", "deconvnet", "deep_taylor", "epsilon", "epsilon_alpha2_beta1",
-    "epsilon_alpha2_beta1_flat", "epsilon_gamma_box", "epsilon_plus", "epsilon_plus_flat", "excitation_backprop",
-    "guided_backprop", "pattern_attribution", "pattern_net",
+    "Composite", "attnlrp", "base", "beta_smooth", "cp_lrp", "deconvnet", "deep_taylor", "epsilon",
+    "epsilon_alpha2_beta1", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box", "epsilon_plus", "epsilon_plus_flat",
+    "excitation_backprop", "guided_backprop", "pattern_attribution", "pattern_net",
 ]  # fmt: skip

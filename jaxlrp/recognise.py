@@ -1,9 +1,9 @@
 """Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
 
-Order of claims: embeddings, softmax, norms, local response normalisation, activations, linear runs, trees of adds, runs
-of scales, and what nothing claims stays an Op of one equation. An Op computes all that it is made of (what is read
-elsewhere too is computed there as well), so replacing it by a `custom_vjp` whose forward pass is its own equations
-never changes the forward value.
+Order of claims: embeddings, softmax, attention, norms, local response normalisation, activations, linear runs, trees
+of adds, runs of scales, and what nothing claims stays an Op of one equation. An Op computes all that it is made of
+(what is read elsewhere too is computed there as well), so replacing it by a `custom_vjp` whose forward pass is its own
+equations never changes the forward value.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax.extend.core import primitives as p
 
 from . import _compat
 from .activations import claim_activations
+from .attention import claim_attention
 from .facts import Facts
 from .graph import Draft, Graph
 from .kinds import kind_of
@@ -31,6 +32,7 @@ def recognise(block: Block, facts: Facts) -> Body:
     graph = Graph(block, facts)
     _claim_embeddings(graph)
     claim_softmax(graph)
+    claim_attention(graph)
     claim_norms(graph)
     claim_response(graph)
     claim_activations(graph)

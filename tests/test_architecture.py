@@ -27,6 +27,7 @@ ORDER = [
     "graph",
     "runs",
     "softmax",
+    "attention",
     "response",
     "norms",
     "activations",

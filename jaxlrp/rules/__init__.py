@@ -1,6 +1,7 @@
 """Relevance rules; each is a frozen dataclass whose numbers are pytree leaves."""
 
-from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor
+from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor, Stop
+from .attention import Attention
 from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, divide, rule, stabilise
 from .domain import Flat, WSquare, ZBox
 from .embedding import EmbeddingSum
@@ -16,6 +17,7 @@ __all__ = [
     "LINEAR",
     "AbsoluteShare",
     "AlphaBeta",
+    "Attention",
     "BetaSmooth",
     "ConstantStatistics",
     "DeconvNet",
@@ -36,6 +38,7 @@ __all__ = [
     "Proportional",
     "Rule",
     "SoftmaxTaylor",
+    "Stop",
     "Uniform",
     "UniformEpsilon",
     "WSquare",

@@ -64,6 +64,20 @@ class SoftmaxTaylor(Rule):
 
 
 @rule
+class Stop(Rule):
+    """The layer's output counts as a constant: relevance that arrives ends there, R_in = 0. For any layer."""
+
+    uses: ClassVar[frozenset[str]] = frozenset()
+
+    def supports(self, op: Op) -> bool:
+        return True
+
+    def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        layer.book("ended", lambda: relevance)
+        return tuple(jnp.zeros(shape, layer.dtype) for shape in layer.op.in_shapes)
+
+
+@rule
 class Gradient(Rule):
     """The plain derivative instead of relevance: R_in = J^T R_out. Conserves nothing.
 
@@ -158,4 +172,4 @@ class BetaSmooth(_Relu):
         return ((jax.nn.sigmoid(self.beta * x) - above) * relevance,)
 
 
-__all__ = ["BetaSmooth", "DeconvNet", "Gradient", "GuidedBackprop", "Pass", "SoftmaxTaylor", "is_relu"]
+__all__ = ["BetaSmooth", "DeconvNet", "Gradient", "GuidedBackprop", "Pass", "SoftmaxTaylor", "Stop", "is_relu"]

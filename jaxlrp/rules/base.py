@@ -11,7 +11,7 @@ with `jax.grad`), its choices (annotated `str` or `bool`) are static.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
@@ -178,14 +178,13 @@ class Layer:
         env.update(zip(self.op.inputs, inputs, strict=True))
         return self._run(self.op.steps, env)[self.op.output]
 
-    def apply_holding(self, held: Collection[Any], *inputs: jax.Array) -> jax.Array:
-        """`apply`, with what these primitives give held constant: no derivative passes them."""
+    def apply_with(self, change: Callable[[Equation, list[Any]], list[Any]], *inputs: jax.Array) -> jax.Array:
+        """`apply`, each equation on `change(equation, operands)`: how a rule holds some constant."""
         env: dict[Atom, Any] = dict(self._params)
         env.update(zip(self.op.inputs, inputs, strict=True))
         for e in leaves(self.op.steps):
-            self._run([e], env)
-            if e.primitive in held:
-                env.update({v: jax.lax.stop_gradient(env[v]) for v in e.outputs})
+            operands = [a.value if isinstance(a, Constant) else env[a] for a in e.inputs]
+            env.update(zip(e.outputs, self._evaluate(e, change(e, operands)), strict=True))
         return env[self.op.output]
 
     def book(self, entry: str, amount: Callable[[], jax.Array]) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from ..norms import ROOTS
+from ..program import Equation
 from .base import NORMS, Layer, Rule, check_choice, check_number, divide, rule, stabilise
 
 
@@ -41,11 +43,16 @@ class ConstantStatistics(Rule):
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         (x,) = layer.inputs
         held = ROOTS | ({p.reduce_sum_p} if self.mean == "held" else frozenset())
-        y, pull = jax.vjp(lambda x: layer.apply_holding(held, x), x)
+
+        def constant(e: Equation, operands: list[Any]) -> list[Any]:
+            return list(map(jax.lax.stop_gradient, operands)) if e.primitive in held else operands
+
+        linear = partial(layer.apply_with, constant)
+        y, pull = jax.vjp(linear, x)
         divisor = stabilise(y, self.epsilon)
         s = divide(relevance, divisor)
         (pulled,) = pull(s)
-        layer.book("bias", lambda: s * (y - jax.jvp(lambda x: layer.apply_holding(held, x), (x,), (x,))[1]))
+        layer.book("bias", lambda: s * (y - jax.jvp(linear, (x,), (x,))[1]))
         layer.book("stabiliser", lambda: s * (divisor - y))
         layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
         return (x * pulled,)
