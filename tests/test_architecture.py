@@ -44,6 +44,7 @@ ORDER = [
     "gradients",
     "nn",
     "evaluate",
+    "words",
     "plot",
     "__init__",
     "demo",
