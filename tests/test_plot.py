@@ -330,6 +330,7 @@ def in_a_new_process(code):
 
 def test_pyplot_is_never_imported():
     code = "import sys, jaxlrp.plot as p; p.grid([[[[1.0, -2.0]]]], colorbar=True).draw_without_rendering()"
+    code += "; p.text(['a'], [1.0], colorbar=True).figure.draw_without_rendering()"
     done = in_a_new_process(code + "; sys.exit('matplotlib.pyplot' in sys.modules)")
     assert done.returncode == 0, done.stderr
 
