@@ -448,9 +448,8 @@ def without_bias(params):
 SMALL = Composite([(kind("product"), rules.SignalTakesAll()), (kind("add"), rules.Epsilon(1e-12))])
 
 
-@pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.GRUCell])
-def test_everything_arrives_at_inputs_and_the_first_carry(cell):
-    module = nn.RNN(cell(HIDDEN, param_dtype=jnp.float64))
+def test_everything_arrives_at_inputs_and_the_first_carry():
+    module = nn.RNN(nn.OptimizedLSTMCell(HIDDEN, param_dtype=jnp.float64))
     params = without_bias(linen(module)[1])
     carry = shaken(module.cell.initialize_carry(jax.random.key(0), X[:, 0].shape), 9)
     f = lambda params, x, carry: module.apply(params, x, initial_carry=carry)[:, -1]
@@ -602,22 +601,21 @@ def test_a_matrix_times_itself():
     close(lrp(lambda x: x @ x, composite, target=lambda y: start)(x), x * (s @ x.T + x.T @ s))
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.3])
-def test_matrix_products(epsilon):
+def test_matrix_products():
     """Attention with its weights held constant: R_V = V * A^T (R / stab(A V)), the weights get nothing."""
     scores, V, start = draw(56, 3, 3), draw(57, 3, 4), draw(58, 3, 4)
     A = np.asarray(jax.nn.softmax(scores))
     y = A @ V
-    right = V * (A.T @ (start / (y + epsilon * np.where(y >= 0, 1, -1))))
-    composite = Composite([(kind("matmul"), rules.SignalTakesAll(epsilon=epsilon))])
+    right = V * (A.T @ (start / (y + 0.3 * np.where(y >= 0, 1, -1))))
+    composite = Composite([(kind("matmul"), rules.SignalTakesAll(epsilon=0.3))])
     cases = {
         "weights first": lambda v, a: jax.nn.softmax(a) @ v,
         "weights second": lambda v, a: (v.T @ jax.nn.softmax(a).T).T,
         "einsum": lambda v, a: jnp.einsum("kd,qk->qd", v, jax.nn.softmax(a)),
         "marked": lambda v, a: checkpoint_name(jax.nn.softmax(a), "gate") @ v,
     }
-    for f in cases.values():
-        got = shares(f, V, scores, composite=composite, start=start)
+    run = jax.jit(lambda *args: [shares(f, *args, composite=composite, start=start) for f in cases.values()])
+    for got in run(V, scores):
         close(got[0], right)
         assert not got[1].any()
 
@@ -643,7 +641,7 @@ def test_matrix_products_without_a_gate():
 def test_products_keep_nothing_of_the_forward_pass(rule):
     """A scan would else keep gates and signals of every step for a rule that does not read them."""
     composite = Composite([(kind("product"), rule), (kind("add"), rules.Uniform())])
-    step = lambda c, x: (jax.nn.sigmoid(x) * jnp.sin(x) + c, None)
+    step = lambda c, x: (jax.nn.sigmoid(c) * jnp.sin(x) + c, None)
     f = rewrite(lambda x: lax.scan(step, jnp.ones(4), x)[0], composite)
     kept = jax.make_jaxpr(lambda x: jax.vjp(f, x)[1])(S)
     assert not kept.jaxpr.outvars
