@@ -113,6 +113,10 @@ def assign(ops: Sequence[Op], composite: Composite, on_unknown: str = "error") -
         rules.append(rule)
         rows.append(PlanRow(op.name, op.kind, op.in_shapes, op.out_shape, rule, not own, op.source))
     notes = _notes(ops)
+    for op, rule in zip(ops, rules, strict=True):
+        note = rule.note(op)
+        where = f" ({op.source})" if op.source else ""
+        notes += (f"{op.name}{where}: {note}",) if note else ()
     for i, j in _preprocessing(ops, rules):
         if rows[j].base:  # see composites.base
             rules[j] = Pass()

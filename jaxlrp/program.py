@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core as jex
 
 
@@ -41,7 +42,8 @@ class Fact(NamedTuple):
 
     data: depends on an explained input through floating-point values, so relevance may arrive here.
     derived: depends on an explained input in any way (comparisons, `stop_gradient` and integers included).
-    nonneg: no element can be negative.
+    low, high: bounds of every element.
+    marked: the model calls it a gate, by `checkpoint_name(v, "gate")`, or it was computed from such values alone.
     names: key paths of the parameters it was computed from.
     root: a square root was taken on the way (how a BatchNorm's scale is told from any other).
     token: integers that stand for explained ids, so that relevance may arrive where they select something.
@@ -49,7 +51,9 @@ class Fact(NamedTuple):
 
     data: bool = False
     derived: bool = False
-    nonneg: bool = False
+    low: float = -np.inf
+    high: float = np.inf
+    marked: bool = False
     names: tuple[str, ...] = ()
     root: bool = False
     token: bool = False
@@ -58,6 +62,16 @@ class Fact(NamedTuple):
     def relevant(self) -> bool:
         """Whether relevance may arrive here."""
         return self.data or self.token
+
+    @property
+    def nonneg(self) -> bool:
+        """No element can be negative."""
+        return self.low >= 0
+
+    @property
+    def gate(self) -> bool:
+        """Every element lies between 0 and 1, to rounding: what it multiplies passes as much of itself."""
+        return self.low >= 0 and self.high <= 1 + 1e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,8 +175,9 @@ class Op:
 
     paths: key paths of the parameters it reads, the kernel's first. first: only structural steps or preprocessing lie
     between it and the explained input. depth, height: dense and conv Ops on the longest path before and after it.
-    kinds_after: kinds of the Ops that its output can reach. stopped: a parameter comes from the data, past something
-    that lets no relevance through (`stop_gradient`).
+    kinds_after: kinds of the Ops that its output can reach. nonneg, gates: of each input, whether it is known not to be
+    negative, to be a gate. stopped: a parameter comes from the data, past something that lets no relevance through
+    (`stop_gradient`).
     """
 
     kind: str
@@ -175,6 +190,7 @@ class Op:
     paths: tuple[str, ...] = ()
     linear: Linear | None = None
     nonneg: tuple[bool, ...] = ()
+    gates: tuple[bool, ...] = ()
     scope: str = ""
     name: str = ""
     first: bool = False

@@ -1,9 +1,9 @@
 """Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
 
-Order of claims: embeddings, softmax, attention, norms, local response normalisation, activations, linear runs, trees
-of adds, runs of scales, and what nothing claims stays an Op of one equation. An Op computes all that it is made of
-(what is read elsewhere too is computed there as well), so replacing it by a `custom_vjp` whose forward pass is its own
-equations never changes the forward value.
+Order of claims: embeddings, softmax, attention, norms, local response normalisation, activations, linear runs,
+interleavings, trees of adds, runs of scales, and what nothing claims stays an Op of one equation. An Op computes all
+that it is made of (what is read elsewhere too is computed there as well), so replacing it by a `custom_vjp` whose
+forward pass is its own equations never changes the forward value.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from .activations import claim_activations
 from .attention import claim_attention
 from .facts import Facts
 from .graph import Draft, Graph
-from .kinds import kind_of
+from .kinds import STRUCTURAL, kind_of
 from .norms import claim_norms
 from .program import Block, Body, Equation, Group, Loop, Op, Step, Value, Wrapper, leaves
+from .ranges import interleaved
 from .response import claim_response
 from .runs import claim_linear, parameter_step
 from .softmax import claim_softmax
@@ -37,6 +38,7 @@ def recognise(block: Block, facts: Facts) -> Body:
     claim_response(graph)
     claim_activations(graph)
     claim_linear(graph)
+    _claim_interleavings(graph)
     _claim_adds(graph)
     _claim_scales(graph)
     for e in graph.equations:
@@ -60,6 +62,15 @@ def _claim_embeddings(graph: Graph) -> None:
         known = len(ids) == 1 and (e.primitive is not p.gather_p or ids[0].aval.shape[-1] == 1)
         kind = "embedding" if known else "unknown"
         graph.claim(Draft(kind, "embedding", [e], e.outputs[0], e, shared=joined))
+
+
+def _claim_interleavings(graph: Graph) -> None:
+    """Two values that a sum puts into each other's gaps: they are moved, not added."""
+    for e in graph.equations:
+        pads = interleaved(e, graph.producer)
+        region = [*pads, e]
+        if pads and len(graph.data(e)) == 2 and graph.sealed(region, e.outputs[0]):
+            graph.claim(Draft("structural", "interleave", region, e.outputs[0], e))
 
 
 def _claim_adds(graph: Graph) -> None:
@@ -218,6 +229,24 @@ def _source(graph: Graph, e: Equation) -> str:
     return next((s for s in (source_of(x.eqn) for x in (e, *around)) if s), "")
 
 
+def _gates(graph: Graph, inputs: Sequence[Value]) -> tuple[bool, ...]:
+    """Which of these are gates: those that the model marks or, where it marks none, those in [0, 1] or of a softmax."""
+    marked = tuple(graph.fact(v).marked for v in inputs)
+    return marked if any(marked) else tuple(graph.fact(v).gate or _probabilities(graph, v) for v in inputs)
+
+
+def _probabilities(graph: Graph, value: Value) -> bool:
+    """Whether `value` is a softmax, moved or not."""
+    while (e := graph.producer.get(value)) is not None:
+        draft = graph.claims.get(e)
+        if draft is not None and draft.kind == "softmax":
+            return draft.label == "softmax" and value is draft.output
+        if e.primitive not in STRUCTURAL or len(graph.data(e)) != 1 or len(graph.derived(e)) != 1:
+            return False
+        (value,) = graph.data(e)
+    return False
+
+
 def _op(graph: Graph, draft: Draft, nodes: Sequence[Equation]) -> Op:
     steps = (*draft.shared, *nodes)
     made = {v for e in leaves(steps) for v in e.outputs}
@@ -239,6 +268,7 @@ def _op(graph: Graph, draft: Draft, nodes: Sequence[Equation]) -> Op:
         paths=tuple(paths),
         linear=draft.linear,
         nonneg=tuple(graph.fact(v).nonneg for v in inputs),
+        gates=_gates(graph, inputs),
         scope=str(draft.main.eqn.source_info.name_stack),
         stopped=any(graph.fact(v).derived for v in params),
     )

@@ -23,6 +23,7 @@ ORDER = [
     "tokens",
     "counted",
     "trace",
+    "ranges",
     "facts",
     "graph",
     "runs",

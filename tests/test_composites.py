@@ -324,7 +324,7 @@ def test_structure_tells_selectors_and_rules_apart():
 
 ONE_OF_EACH = [
     AlphaBeta(), Epsilon(), Flat(), rules.Gamma(), GeneralizedGamma(), Pass(), SoftmaxTaylor(), Uniform(),
-    UniformEpsilon(), WSquare(), Winner(), ZBox(-1.0, 1.0), ZPlus(), rules.Zero(),
+    UniformEpsilon(), rules.SignalTakesAll(), WSquare(), Winner(), ZBox(-1.0, 1.0), ZPlus(), rules.Zero(),
 ]  # fmt: skip
 
 

@@ -345,13 +345,18 @@ case(
 for rule, field in (
     (rules.Epsilon, "epsilon"),
     (rules.UniformEpsilon, "epsilon"),
+    (rules.SignalTakesAll, "epsilon"),
     (rules.Gamma, "gamma"),
     (rules.GeneralizedGamma, "gamma"),
 ):
     for wrong in (-1e-3, np.float32(-1), jnp.asarray(-2.0), np.asarray([0.5, -0.5])):
-        case(InputError, partial(rule, wrong), f"{rule.__name__}({field}={wrong!r}) .. {field} must be at least 0")
+        case(
+            InputError,
+            partial(rule, **{field: wrong}),
+            f"{rule.__name__}({field}={wrong!r}) .. {field} must be at least 0",
+        )
     for wrong in (np.nan, True, np.inf):
-        case(InputError, partial(rule, wrong), f"{rule.__name__}({field}={wrong!r}) .. {field} must be")
+        case(InputError, partial(rule, **{field: wrong}), f"{rule.__name__}({field}={wrong!r}) .. {field} must be")
 case(InputError, lambda: composites.epsilon(-1.0), "Epsilon(epsilon=-1.0) .. at least 0")
 case(InputError, lambda: rules.AlphaBeta(0.0, -1.0), "AlphaBeta(beta=-1.0) .. at least 0")
 for wrong in ((2.0, 2.0), (1, 1), (np.float32(3), 1.0), (jnp.asarray(2.0), 0.5)):
@@ -361,6 +366,7 @@ for wrong in ((2.0, 2.0), (1, 1), (np.float32(3), 1.0), (jnp.asarray(2.0), 0.5))
         f"(alpha={wrong[0]!r}, beta={wrong[1]!r}) .. alpha - beta must be 1 .. AlphaBeta.from_beta({wrong[1]!r})",
     )
 case(InputError, lambda: rules.FourQuadrant(1.0, 1.0, 0.0, 0.0), "FourQuadrant( .. sum 1")
+case(InputError, lambda: rules.SignalTakesAll("third"), "SignalTakesAll(signal='third') .. \"second\"")
 case(InputError, lambda: rules.ZPlus(bias="keep"), "ZPlus(bias='keep') .. \"absorb\"")
 case(InputError, lambda: rules.ZBox(1.0, 0.0), "ZBox(low=1.0, high=0.0) .. low must not exceed high")
 case(InputError, lambda: rules.ZBox(np.asarray([0.0, 2.0]), 1.0), "ZBox( .. low must not exceed high")

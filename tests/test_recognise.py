@@ -985,6 +985,21 @@ def test_gate_of_another_layer_is_a_product():
     assert rows(lambda x, w, v: (x @ w) * (x @ v), x, w, v) == [DENSE, DENSE, PRODUCT]
 
 
+def test_interleaved_values_are_moved():
+    """`lax.associative_scan` writes it as a sum of two values with zeros between, where each only meets zeros."""
+    moved = lambda x, y: lax.pad(x, 0.0, [(0, 1, 1)]) + lax.pad(y, 0.0, [(1, 0, 1)])
+    added = lambda x, y: lax.pad(x, 0.0, [(0, 2, 1)]) + lax.pad(y, 0.0, [(1, 1, 1)]) + lax.pad(x, 0.0, [(2, 0, 1)])
+    filled = lambda x, y: lax.pad(x, 1.0, [(0, 1, 1)]) + lax.pad(y, 0.0, [(1, 0, 1)])
+    read = lambda x, y: ((p := lax.pad(x, 0.0, [(0, 1, 1)])) + lax.pad(y, 0.0, [(1, 0, 1)])) * p
+    x, y, start = np.array([0.0, 1.0, 2.0]), np.array([3.0, 0.0, 4.0]), np.arange(1.0, 7.0)
+    kinds_of = lambda f: [r.kind for r in plan(f, composites.epsilon(), argnums=(0, 1))(x, y)]
+    assert kinds_of(moved) == ["structural"]
+    assert kinds_of(added).count("add") == kinds_of(filled).count("add") == kinds_of(read).count("add") == 1
+    # what is zero keeps its relevance: nothing is divided
+    got = lrp(moved, composites.epsilon(), argnums=(0, 1), target=lambda z: start)(x, y)
+    np.testing.assert_array_equal(got, ([1.0, 3.0, 5.0], [2.0, 4.0, 6.0]))
+
+
 # ---------------------------------------------------------------------------------------------------- softmax
 
 SOFTMAXES: dict[str, Callable] = {

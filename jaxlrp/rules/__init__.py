@@ -10,6 +10,7 @@ from .normalisation import ConstantStatistics
 from .pattern import PatternAttribution, PatternNet
 from .pooling import AbsoluteShare, Proportional, Winner
 from .product import Uniform, UniformEpsilon
+from .recurrent import SignalTakesAll
 from .response import LocalResponseTaylor
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PatternNet",
     "Proportional",
     "Rule",
+    "SignalTakesAll",
     "SoftmaxTaylor",
     "Stop",
     "Uniform",

@@ -98,6 +98,10 @@ class Rule:
         """Whether the rule can be applied to this Op."""
         return op.kind in self.kinds
 
+    def note(self, op: Op) -> str:
+        """What a person should know about the rule at this Op, for the plan; "" for nothing."""
+        return ""
+
     def needs(self, op: Op) -> frozenset[str]:
         """What of this Op must be kept for `propagate`: `uses`, unless the rule treats some kinds otherwise."""
         return self.uses

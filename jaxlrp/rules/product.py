@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from ..program import leaves
+from ..program import Atom, Op, Value, leaves
 from .base import Layer, Rule, check_number, divide, rule, stabilise
+
+
+def operands(op: Op) -> list[Value]:
+    """What a product multiplies that carries relevance, in order; a value times itself stands twice."""
+    return [a for a in leaves(op.steps)[-1].inputs if a in op.inputs and isinstance(a, Value)]
+
+
+def equal_shares(layer: Layer, relevance: jax.Array, takers: Sequence[Atom]) -> tuple[jax.Array, ...]:
+    """R / n to each of n takers, the others nothing; one that is broadcast gets the sum over its copies."""
+    counts = [sum(t is v for t in takers) for v in layer.op.inputs]
+    each = relevance / len(takers)
+    copies = [
+        jax.linear_transpose(lambda x: jnp.broadcast_to(x, each.shape), jax.ShapeDtypeStruct(s, each.dtype))(each)
+        for s in layer.op.in_shapes
+    ]
+    return tuple(n * r for n, (r,) in zip(counts, copies, strict=True))
+
+
+def shares_by_value(layer: Layer, relevance: jax.Array, takers: Sequence[Atom], epsilon: Any) -> tuple[jax.Array, ...]:
+    """R / n to each of n takers, split among its elements by what they contribute; S = R / stab(n O)."""
+    _, pull = jax.vjp(layer.apply, *layer.inputs)
+    z = len(takers) * layer.output
+    divisor = stabilise(z, epsilon)
+    s = divide(relevance, divisor)
+    layer.book("stabiliser", lambda: s * (divisor - z))
+    layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
+    given = zip(layer.op.inputs, layer.inputs, pull(s), strict=True)
+    return tuple(x * g if v in takers else jnp.zeros_like(x) for v, x, g in given)
 
 
 @rule
@@ -22,13 +51,15 @@ class Uniform(Rule):
     kinds: ClassVar[frozenset[str]] = frozenset(("product", "add", "avg_pool", "reduce"))
     uses: ClassVar[frozenset[str]] = frozenset(("inputs", "params"))
 
+    def needs(self, op: Op) -> frozenset[str]:
+        return self.uses if op.kind in ("avg_pool", "reduce") else frozenset()
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         if layer.op.kind in ("avg_pool", "reduce"):
             weights, pull = jax.vjp(layer.apply, jnp.ones_like(layer.inputs[0]))
             return pull(divide(relevance, weights))
-        counts = layer.occurrences
-        _, pull = jax.vjp(lambda *xs: sum(jnp.broadcast_to(x, relevance.shape) for x in xs), *layer.inputs)
-        return tuple(n * r for n, r in zip(counts, pull(relevance / sum(counts)), strict=True))
+        repeated = [v for v, n in zip(layer.op.inputs, layer.occurrences, strict=True) for _ in range(n)]
+        return equal_shares(layer, relevance, repeated)
 
 
 @rule
@@ -46,14 +77,7 @@ class UniformEpsilon(Rule):
         check_number(self, "epsilon", minimum=0)
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        _, pull = jax.vjp(layer.apply, *layer.inputs)
-        operands = sum(a in layer.op.inputs for a in leaves(layer.op.steps)[-1].inputs)
-        z = operands * layer.output
-        divisor = stabilise(z, self.epsilon)
-        s = divide(relevance, divisor)
-        layer.book("stabiliser", lambda: s * (divisor - z))
-        layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
-        return tuple(x * g for x, g in zip(layer.inputs, pull(s), strict=True))
+        return shares_by_value(layer, relevance, operands(layer.op), self.epsilon)
 
 
 __all__ = ["Uniform", "UniformEpsilon"]
