@@ -31,6 +31,7 @@ from .rules import (
     PatternAttribution,
     PatternNet,
     Rule,
+    SignalTakesAll,
     SoftmaxTaylor,
     Stop,
     Uniform,
@@ -202,6 +203,7 @@ def cp_lrp(
     constant: list[Row] = [
         (kind("attention"), Attention("constant")),
         (kind("softmax"), Stop()),
+        (kind("product", "matmul"), SignalTakesAll("linear")),
     ]
     return Composite(constant) + _transformer("cp_lrp", norm, epsilon, gamma, conv_gamma)
 

@@ -175,9 +175,9 @@ class Op:
 
     paths: key paths of the parameters it reads, the kernel's first. first: only structural steps or preprocessing lie
     between it and the explained input. depth, height: dense and conv Ops on the longest path before and after it.
-    kinds_after: kinds of the Ops that its output can reach. nonneg, gates: of each input, whether it is known not to be
-    negative, to be a gate. stopped: a parameter comes from the data, past something that lets no relevance through
-    (`stop_gradient`).
+    kinds_after: kinds of the Ops that its output can reach. nonneg, gates, activated: of each input, whether it is
+    known not to be negative, to be a gate, to come out of an activation. stopped: a parameter comes from the data, past
+    something that lets no relevance through (`stop_gradient`).
     """
 
     kind: str
@@ -191,6 +191,7 @@ class Op:
     linear: Linear | None = None
     nonneg: tuple[bool, ...] = ()
     gates: tuple[bool, ...] = ()
+    activated: tuple[bool, ...] = ()
     scope: str = ""
     name: str = ""
     first: bool = False

@@ -232,15 +232,15 @@ def _source(graph: Graph, e: Equation) -> str:
 def _gates(graph: Graph, inputs: Sequence[Value]) -> tuple[bool, ...]:
     """Which of these are gates: those that the model marks or, where it marks none, those in [0, 1] or of a softmax."""
     marked = tuple(graph.fact(v).marked for v in inputs)
-    return marked if any(marked) else tuple(graph.fact(v).gate or _probabilities(graph, v) for v in inputs)
+    return marked if any(marked) else tuple(graph.fact(v).gate or _made_by(graph, v, "softmax") for v in inputs)
 
 
-def _probabilities(graph: Graph, value: Value) -> bool:
-    """Whether `value` is a softmax, moved or not."""
+def _made_by(graph: Graph, value: Value, label: str) -> bool:
+    """Whether `value` is the output of a layer of this kind or label, moved or not."""
     while (e := graph.producer.get(value)) is not None:
         draft = graph.claims.get(e)
-        if draft is not None and draft.kind == "softmax":
-            return draft.label == "softmax" and value is draft.output
+        if draft is not None and draft.kind != "structural":
+            return label in (draft.kind, draft.label) and value is draft.output and draft.label != "log_softmax"
         if e.primitive not in STRUCTURAL or len(graph.data(e)) != 1 or len(graph.derived(e)) != 1:
             return False
         (value,) = graph.data(e)
@@ -269,6 +269,7 @@ def _op(graph: Graph, draft: Draft, nodes: Sequence[Equation]) -> Op:
         linear=draft.linear,
         nonneg=tuple(graph.fact(v).nonneg for v in inputs),
         gates=_gates(graph, inputs),
+        activated=tuple(_made_by(graph, v, "activation") for v in inputs),
         scope=str(draft.main.eqn.source_info.name_stack),
         stopped=any(graph.fact(v).derived for v in params),
     )

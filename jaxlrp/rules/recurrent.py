@@ -30,8 +30,9 @@ class SignalTakesAll(Rule):
     `jax.ad_checkpoint.checkpoint_name(v, "gate")`, which changes nothing; then v is a gate, and so is what is computed
     from such values and parameters alone: one mark, on the projection that B, C and Delta come from, serves a whole
     state space. Where one operand is marked, bounds do not count. Of a quotient the numerator is the signal. Two gates
-    get half each; so do two operands of which none is known as a gate, and the plan notes it. "first" and "second" name
-    the signal by hand, in the order of the plan's inputs. epsilon: float >= 0, stabilises the matrix product.
+    get half each; so do two operands of which none is known as a gate, and the plan notes it. "linear" reads gated
+    units as CP-LRP does: in silu(g) * u, what the activation made is the gate. "first" and "second" name the signal by
+    hand, in the order of the plan's inputs. epsilon: float >= 0, stabilises the matrix product.
 
     A layer that reads two inputs, z = W x + U h + b with R_i = x_i w_ij / stab(z_j) R_j in the paper, is a sum of dense
     layers here: Epsilon for the "add" and Zero for those is the same. Sources: Arras et al. 2017;
@@ -44,7 +45,7 @@ class SignalTakesAll(Rule):
     kinds: ClassVar[frozenset[str]] = frozenset(("product", "matmul"))
 
     def __post_init__(self) -> None:
-        check_choice(self, "signal", "gated", "first", "second")
+        check_choice(self, "signal", "gated", "linear", "first", "second")
         check_number(self, "epsilon", minimum=0)
 
     def needs(self, op: Op) -> frozenset[str]:
@@ -66,10 +67,12 @@ class SignalTakesAll(Rule):
         both = operands(op)
         if len(set(both)) == 1:
             return both
-        if self.signal != "gated":
+        if self.signal in ("first", "second"):
             return [both[self.signal == "second"]]
         if leaves(op.steps)[-1].primitive is p.div_p:
             return both[:1]
+        if self.signal == "linear" and sum(op.activated) == 1:
+            return [v for v in both if not op.activated[op.inputs.index(v)]]
         signals = [v for v in both if not op.gates[op.inputs.index(v)]]
         return signals if len(signals) == 1 else both
 
