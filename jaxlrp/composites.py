@@ -182,18 +182,21 @@ def excitation_backprop() -> Composite:
     return Composite([(kind("dense", "conv"), ZPlus())])
 
 
-def attnlrp(norm: str = "identity", epsilon: Any = 1e-6, gamma: Any = None, conv_gamma: Any = None) -> Composite:
+def attnlrp(
+    norm: str = "constant_statistics", epsilon: Any = 1e-9, gamma: Any = None, conv_gamma: Any = None
+) -> Composite:
     """AttnLRP (Achtibat et al. 2024): attention and products share relevance equally between their operands.
 
-    norm: LayerNorm and its kin as "identity", or with "constant_statistics" (what the authors' gradient x input
-    implementation does). Dense and conv layers have Epsilon(epsilon), or GeneralizedGamma where gamma (dense) or
-    conv_gamma is a number, as vision transformers want it. Raises InputError for another norm.
+    norm: LayerNorm and its kin with "constant_statistics", as in the authors' gradient x input implementation, or as
+    "identity", as in their Prop. 3.4: then relevance can explode at residual sums, where it meets units near zero.
+    Dense and conv layers have Epsilon(epsilon), or GeneralizedGamma where gamma (dense) or conv_gamma is a number, as
+    vision transformers want it. Raises InputError for another norm.
     """
     return _transformer("attnlrp", norm, epsilon, gamma, conv_gamma)
 
 
 def cp_lrp(
-    norm: str = "constant_statistics", epsilon: Any = 1e-6, gamma: Any = None, conv_gamma: Any = None
+    norm: str = "constant_statistics", epsilon: Any = 1e-9, gamma: Any = None, conv_gamma: Any = None
 ) -> Composite:
     """CP-LRP (Ali et al. 2022): attention weights, and the gates of products, are constants.
 

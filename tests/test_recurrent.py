@@ -287,6 +287,14 @@ def test_sequences_of_several_lengths():
         assert not r[n:].any()
 
 
+def test_words():
+    """Relevance of a word is that of its embedding, summed."""
+    f, params = rnn(nn.LSTMCell)
+    table, ids = draw(6, 7, INPUTS), np.array([[3, 0, 6, 3], [1, 5, 5, 2]])
+    got = jax.jit(lrp(lambda ids, table: f(params, table[ids]), ARRAS, target=lambda y: R))(ids, table)
+    close(got, by_example(lstm, linen_lstm(params), np.asarray(table)[ids], R).sum(-1))
+
+
 # ---------------------------------------------------------------------------------------------------- detached
 
 
