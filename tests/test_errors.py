@@ -267,6 +267,7 @@ case(InputError, lambda: Composite([rules.Epsilon()]), "pair (selector, rule) ..
 case(InputError, lambda: row(select.kind("dense"), rules.ZPlus), "ZPlus is a class; write ZPlus()")
 case(InputError, lambda: row(select.kind("dense"), "epsilon"), "'epsilon' is no rule .. rules.Epsilon(")
 case(SelectorError, lambda: row("dense", rules.ZPlus()), "'dense' is no selector .. select.kind(")
+case(InputError, lambda: composites.attnlrp(norm="passed"), "attnlrp(norm='passed') .. \"identity\"")
 case(InputError, lambda: composites.deep_taylor("positive"), "'positive' .. \"nonnegative\"")
 case(InputError, lambda: composites.deep_taylor(low=0.0), "both bounds .. low=0.0, high=None")
 
