@@ -136,7 +136,9 @@ def _simple(e: Equation, inputs: list[Fact]) -> Fact:
     # a value that depends on the data is nobody's parameter
     names = () if both.derived else both.names
     data = both.data and kind_of(e.primitive) != "blocked"
-    return Fact(data, both.derived, _nonneg(e, inputs), names, both.root or e.primitive in _ROOTS)
+    # that of a number is no variance's: embeddings are multiplied, scores divided by sqrt(d)
+    root = e.primitive in _ROOTS and bool(e.outputs[0].aval.shape)
+    return Fact(data, both.derived, _nonneg(e, inputs), names, both.root or root)
 
 
 def _nonneg(e: Equation, inputs: list[Fact]) -> bool:
