@@ -834,3 +834,16 @@ def test_casts_inside_the_network():
     half, full = (explained(partial(f, t), *args, rows=LOCAL.values()) for t in (jnp.bfloat16, jnp.float32))
     assert {r.dtype for _, r in half} == {np.dtype(np.float32)}
     close(half, full, 0.05)
+
+
+def test_masks_that_become_numbers_inside_a_layer():
+    """Booleans cast to float32 within a layer that computes in another dtype."""
+
+    def f(x):
+        mask = jnp.tril(jnp.ones((2, 2), bool)).astype(jnp.float32)
+        bias = jnp.where(mask > 0, 0.0, -9.0).astype(x.dtype)
+        return jax.nn.softmax(x @ x.T + bias) @ x
+
+    explain = lrp(jax.jit(f), composites.attnlrp())  # the mask, made of literals, is part of the layer
+    x = draw(26, 2, 3).astype(jnp.bfloat16)
+    close(explain(x), explain(x.astype(np.float32)), 0.05)
