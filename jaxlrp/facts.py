@@ -129,7 +129,9 @@ def _simple(e: Equation, inputs: list[Fact], maker: dict[Value, Equation]) -> Fa
     data = both.data and kind_of(e.primitive) != "blocked"
     low, high = ranges.bounds(e, [(f.low, f.high) for f in inputs], maker)
     marked = both.marked or (e.primitive is p.name_p and e.params["name"] == "gate")
-    return Fact(data, both.derived, low, high, marked, names, both.root or e.primitive in _ROOTS)
+    # that of a number is no variance's: embeddings are multiplied, scores divided by sqrt(d)
+    root = e.primitive in _ROOTS and bool(e.outputs[0].aval.shape)
+    return Fact(data, both.derived, low, high, marked, names, both.root or root)
 
 
 def _scan(e: Equation, inputs: list[Fact], facts: Facts) -> list[Fact]:

@@ -845,3 +845,16 @@ def test_a_sum_in_half_precision_that_cancels(dtype):
     bound = 2 / float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(r_x, [bound, 2 / 3], rtol=1e-2)
     np.testing.assert_allclose(r_y, [-bound, 1 / 3], rtol=1e-2)
+
+
+def test_masks_that_become_numbers_inside_a_layer():
+    """Booleans cast to float32 within a layer that computes in another dtype."""
+
+    def f(x):
+        mask = jnp.tril(jnp.ones((2, 2), bool)).astype(jnp.float32)
+        bias = jnp.where(mask > 0, 0.0, -9.0).astype(x.dtype)
+        return jax.nn.softmax(x @ x.T + bias) @ x
+
+    explain = lrp(jax.jit(f), composites.attnlrp())  # the mask, made of literals, is part of the layer
+    x = draw(26, 2, 3).astype(jnp.bfloat16)
+    close(explain(x), explain(x.astype(np.float32)), 0.05)

@@ -413,6 +413,12 @@ def scale_between_activations(x, p):
     return jax.nn.relu(x * p["head"]["kernel"][:, 0] + p["norm"]["mean"])
 
 
+@net(CONV, ACT, SCALE, ACT)
+def scale_by_the_root_of_a_number(x, p):
+    x = jax.nn.relu(layer(x, p["stem"]))
+    return jax.nn.relu(x * jnp.sqrt(16.0) + p["norm"]["mean"])
+
+
 # sums
 
 

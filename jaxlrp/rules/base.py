@@ -229,7 +229,8 @@ class Layer:
             return [a.value if isinstance(a, Constant) else inner[a] for a in e.outputs]
         values = [self._cast(v) for v in values]
         if e.primitive in (p.convert_element_type_p, p.reduce_precision_p):
-            return values if jnp.issubdtype(e.outputs[0].aval.dtype, jnp.floating) else e.evaluate(*values)
+            floating = jnp.issubdtype(e.outputs[0].aval.dtype, jnp.floating)  # a mask may become numbers here
+            return [jnp.asarray(v, self.dtype) for v in values] if floating else e.evaluate(*values)
         params = dict(e.params)
         if params.get("preferred_element_type") is not None:
             params["preferred_element_type"] = np.dtype(self.dtype)
