@@ -10,28 +10,38 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives as p
 
 from . import _compat
-from .kinds import kind_of
+from .kinds import STRUCTURAL, kind_of
 from .program import Atom, Block, Constant, Equation, Fact, Value
 
 Facts = dict[Value, Fact]
 
 # the output is never negative, whatever the input
-_NONNEG = frozenset((p.exp_p, p.exp2_p, p.logistic_p, p.abs_p, p.square_p, p.sqrt_p, p.rsqrt_p, p.erfc_p, p.iota_p))
-# the output is not negative where every operand is not
-_KEEPS_SIGN = frozenset((
-    p.add_p, p.add_jaxvals_p, p.mul_p, p.div_p, p.min_p, p.integer_pow_p, p.cbrt_p, p.log1p_p, p.expm1_p, p.tanh_p,
-    p.erf_p, p.sinh_p, p.asinh_p, p.atan_p,
-    p.reshape_p, p.transpose_p, p.broadcast_in_dim_p, p.squeeze_p, p.slice_p, p.pad_p, p.concatenate_p, p.rev_p,
-    p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p,
-    p.stop_gradient_p, p.floor_p, p.ceil_p, p.round_p, p.sign_p,
-    p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.cumsum_p, p.cummax_p, p.reduce_window_max_p,
-    p.reduce_window_min_p, p.reduce_window_sum_p, p.dot_general_p, p.conv_general_dilated_p,
+_NONNEG = frozenset((
+    p.exp_p, p.exp2_p, p.logistic_p, p.abs_p, p.square_p, p.sqrt_p, p.rsqrt_p, p.erfc_p, p.iota_p, p.cosh_p, p.acosh_p,
+    p.acos_p, p.bessel_i0e_p, p.igamma_p, p.igammac_p, p.regularized_incomplete_beta_p,
 ))  # fmt: skip
-# operands beyond the first are indices or a predicate
-_INDEXED = frozenset((p.gather_p, p.dynamic_slice_p))
+# the output is not negative where every operand is not
+_KEEPS_SIGN = STRUCTURAL | {
+    p.add_p, p.add_jaxvals_p, p.mul_p, p.div_p, p.min_p, p.integer_pow_p, p.cbrt_p, p.log1p_p, p.expm1_p, p.tanh_p,
+    p.erf_p, p.erf_inv_p, p.sinh_p, p.asin_p, p.asinh_p, p.atan_p, p.atanh_p, p.bessel_i1e_p, p.rem_p,
+    p.stop_gradient_p, p.floor_p, p.ceil_p, p.round_p, p.sign_p,
+    p.reduce_sum_p, p.reduce_prod_p, p.reduce_max_p, p.reduce_min_p, p.cumsum_p, p.cumprod_p, p.cummax_p, p.cummin_p,
+    p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_sum_p, p.scatter_add_p, p.scatter_mul_p,
+    p.scatter_max_p, p.scatter_min_p, p.select_and_scatter_add_p, p.dot_general_p, _compat.RAGGED_DOT,
+    p.conv_general_dilated_p,
+}  # fmt: skip
+# operands whose sign matters, where others are indices, sizes or a predicate
+_SIGNED = {
+    p.gather_p: (0,), p.dynamic_slice_p: (0,), p.dynamic_update_slice_p: (0, 1), p.rem_p: (0,),
+    p.select_and_gather_add_p: (0,), p.select_and_scatter_add_p: (0,), _compat.RAGGED_DOT: (0, 1),
+    **dict.fromkeys((p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_max_p, p.scatter_min_p), (0, 2)),
+}  # fmt: skip
+# output i is operand i, moved; the operands beside it may decide where to
+_SEPARATE = frozenset((p.sort_p, lax.optimization_barrier_p))
 _ROOTS = frozenset((p.sqrt_p, p.rsqrt_p))
 
 
@@ -65,6 +75,10 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
             outputs = _scan(e, inputs, facts)
         elif e.primitive is p.cond_p:
             outputs = _cond(e, inputs, facts)
+        elif e.primitive in _SEPARATE:
+            outputs = [_simple(e, [f]) for f in inputs]
+            if e.primitive is p.sort_p and any(f.derived for f in inputs):
+                outputs = [f._replace(derived=True, names=()) for f in outputs]
         else:
             outputs = [_simple(e, inputs)] * len(e.outputs)
         for value, fact in zip(e.outputs, outputs, strict=True):
@@ -89,7 +103,7 @@ def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
             chosen = [_reads(b, facts, arrives) for b in e.bodies]
             reads = [False, *map(any, zip(*chosen, strict=True))]
         else:
-            reads = [True] * len(e.inputs)
+            reads = arrives if e.primitive in _SEPARATE else [True] * len(e.inputs)
         found = zip(e.inputs, reads, strict=True)
         reached |= {a for a, read in found if read and isinstance(a, Value) and facts[a].data}
     for v in (v for e in block.equations for v in e.outputs):
@@ -129,6 +143,8 @@ def _simple(e: Equation, inputs: list[Fact]) -> Fact:
 
 def _nonneg(e: Equation, inputs: list[Fact]) -> bool:
     prim = e.primitive
+    if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in e.outputs):
+        return False
     if prim in _NONNEG or e.outputs and e.outputs[0].aval.dtype == bool:
         return True
     if prim is p.max_p:
@@ -141,9 +157,10 @@ def _nonneg(e: Equation, inputs: list[Fact]) -> bool:
         return True
     if prim is p.select_n_p:
         return all(f.nonneg for f in inputs[1:])
-    if prim in _INDEXED:
-        return inputs[0].nonneg and prim is p.dynamic_slice_p
-    return prim in _KEEPS_SIGN and all(f.nonneg for f in inputs)
+    if prim is p.gather_p and (e.params["fill_value"] or 0) < 0:
+        return False
+    signed = [inputs[i] for i in _SIGNED.get(prim, range(len(inputs)))]
+    return prim in _KEEPS_SIGN and all(f.nonneg for f in signed)
 
 
 def _scan(e: Equation, inputs: list[Fact], facts: Facts) -> list[Fact]:

@@ -22,7 +22,7 @@ from jax.extend.core import primitives as p
 from . import _compat
 from .errors import InputError
 from .program import Atom, Body, Constant, Equation, Group, Loop, Op, Step
-from .rules import Layer, Rule
+from .rules import Layer, Rule, summed
 
 Env = dict[Atom, Any]
 # what a probe's cotangent is: report(layer, rule, relevance that arrived, relevance passed on to each input)
@@ -155,7 +155,7 @@ def _ending(value: jax.Array, probe: jax.Array) -> jax.Array:
     return value
 
 
-_ending.defvjp(lambda value, probe: (value, None), lambda _, r: (None, r.sum().astype(jnp.float32)))
+_ending.defvjp(lambda value, probe: (value, None), lambda _, r: (None, summed(r).astype(jnp.float32)))
 
 
 def loops(body: Body) -> list[Loop]:
@@ -205,7 +205,7 @@ def apply(
     def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None, Any, None]:
         rule, (inputs, params, output), mask = saved
         layer = Layer(op, inputs, params, output, books=probed)
-        relevance = relevance.astype(layer.dtype)
+        relevance = layer._cast(relevance)
         if mask is not None:
             relevance = relevance * jnp.asarray(mask, layer.dtype)
         received = _checked(op, rule, rule.propagate(layer, relevance))

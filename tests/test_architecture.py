@@ -24,6 +24,7 @@ ORDER = [
     "trace",
     "facts",
     "graph",
+    "single",
     "runs",
     "softmax",
     "response",

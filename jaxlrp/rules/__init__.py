@@ -1,7 +1,8 @@
 """Relevance rules; each is a frozen dataclass whose numbers are pytree leaves."""
 
 from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor
-from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, divide, rule, stabilise
+from .arithmetic import by_parts, divide, stabilise, summed
+from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, rule
 from .domain import Flat, WSquare, ZBox
 from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
 from .normalisation import ConstantStatistics
@@ -42,9 +43,11 @@ __all__ = [
     "ZPlus",
     "Zero",
     "broadcasts",
+    "by_parts",
     "divide",
     "in_proportion",
     "rule",
     "share",
     "stabilise",
+    "summed",
 ]

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from ..norms import ROOTS
-from .base import NORMS, Layer, Rule, check_choice, check_number, divide, rule, stabilise
+from .arithmetic import divide, stabilise
+from .base import NORMS, Layer, Rule, check_choice, check_number, rule
 
 
 @rule

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import primitives as p
 
-from ..program import leaves
-from .base import Layer, Rule, check_number, divide, rule, stabilise
+from ..program import Atom, Op, leaves
+from .arithmetic import divide, stabilise
+from .base import Layer, Rule, check_number, rule
 
 
 @rule
 class Uniform(Rule):
     """Equal shares: every operand of a product or sum gets R / n, every element of an average pool's window too.
 
-    An operand that is broadcast gets the sum over its copies. Source: Achtibat et al. 2024, Prop. 3.2; for pools the
-    rule "flat" of Lapuschkin et al. 2017.
+    Factors of a product over an axis, a cumulative one or `x.at[i].multiply` are its operands. An operand that is
+    broadcast gets the sum over its copies. A place that no factor of the data reaches is dropped. Source: Achtibat et
+    al. 2024, Prop. 3.2; for pools the rule "flat" of Lapuschkin et al. 2017.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset(("product", "add", "avg_pool", "reduce"))
     uses: ClassVar[frozenset[str]] = frozenset(("inputs", "params"))
 
+    def supports(self, op: Op) -> bool:
+        return op.kind in self.kinds and (op.kind != "reduce" or len(op.inputs) == 1)
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        ones = [jnp.ones_like(x) for x in layer.inputs]
         if layer.op.kind in ("avg_pool", "reduce"):
-            weights, pull = jax.vjp(layer.apply, jnp.ones_like(layer.inputs[0]))
-            return pull(divide(relevance, weights))
-        counts = layer.occurrences
-        _, pull = jax.vjp(lambda *xs: sum(jnp.broadcast_to(x, relevance.shape) for x in xs), *layer.inputs)
-        return tuple(n * r for n, r in zip(counts, pull(relevance / sum(counts)), strict=True))
+            _, counts = jax.jvp(layer.apply, layer.inputs, tuple(ones))
+            _, pull = jax.vjp(layer.apply, *layer.inputs)
+        else:
+            counts, pull = jax.vjp(lambda *xs: _added(layer, xs), *ones)
+        layer.book("dropped", lambda: jnp.where(counts == 0, relevance, 0))
+        return pull(divide(relevance, counts))
+
+
+def _added(layer: Layer, values: Sequence[jax.Array]) -> jax.Array:
+    """These values, in the places of the layer's inputs, added where the layer multiplies its operands."""
+    e = leaves(layer.op.steps)[-1]
+    if e.primitive is p.reduce_prod_p:
+        return values[0].sum(tuple(e.params["axes"]))
+    if e.primitive is p.cumprod_p:
+        return jax.lax.cumsum(values[0], e.params["axis"], e.params["reverse"])
+    if e.primitive is p.scatter_mul_p:
+        given: dict[Atom, jax.Array] = dict(zip(layer.op.inputs, values, strict=True))
+        operand, updates = (given.get(a, jnp.zeros(a.aval.shape, layer.dtype)) for a in (e.inputs[0], e.inputs[2]))
+        how = {k: v for k, v in e.params.items() if k not in ("update_jaxpr", "update_consts")}
+        return jax.lax.scatter_add(operand, layer._read(e.inputs[1]), updates, **how)
+    shape = layer.op.out_shape
+    total = jnp.zeros(shape, layer.dtype)
+    return sum((n * jnp.broadcast_to(x, shape) for n, x in zip(layer.occurrences, values, strict=True)), total)
 
 
 @rule
@@ -47,8 +73,7 @@ class UniformEpsilon(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         _, pull = jax.vjp(layer.apply, *layer.inputs)
-        operands = sum(a in layer.op.inputs for a in leaves(layer.op.steps)[-1].inputs)
-        z = operands * layer.output
+        z = layer.degree * layer.output
         divisor = stabilise(z, self.epsilon)
         s = divide(relevance, divisor)
         layer.book("stabiliser", lambda: s * (divisor - z))
