@@ -1,12 +1,74 @@
-"""Every fact about JAX versions. Aim: almost empty."""
+"""Every fact about JAX versions, and the primitives that no public name reaches. Aim: almost empty."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as jex
+from jax.extend.core import primitives as p
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
-# primitives that only move elements, of which a release may have some (jax 0.10 has stack, 0.12 all)
-MOVES = tuple(getattr(lax, name) for name in ("stack_p", "unstack_p", "tile_p") if hasattr(lax, name))
+
+def some(place: Any, *names: str) -> tuple[Any, ...]:
+    """Those of these primitives that this release has."""
+    return tuple(getattr(place, name) for name in names if hasattr(place, name))
+
+
+def _made_by(fun: Callable, *shapes: tuple[int, ...]) -> Any:
+    """The primitive of the last equation of `fun`; tracing starts no backend."""
+    return _traced(fun, *shapes)[-1].primitive
+
+
+def _traced(fun: Callable, *shapes: tuple[int, ...]) -> Any:
+    return jax.make_jaxpr(fun)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).eqns
+
+
+def _reshard(x: jax.Array) -> jax.Array:
+    with use_abstract_mesh(AbstractMesh((1,), ("i",), axis_types=(AxisType.Explicit,))):
+        return jax.sharding.reshard(x, PartitionSpec())
+
+
+def _batched_by_hand() -> Callable:
+    fun = jax.custom_batching.custom_vmap(lambda x: x)
+    fun.def_vmap(lambda size, batched, x: (x, batched[0]))
+    return fun
+
+
+def _remembering_less(x: jax.Array) -> jax.Array:
+    fun = jax.custom_vjp(lambda x: x)
+    fun.defvjp(lambda x: (x, None), lambda _, g: (g,), optimize_remat=True)
+    return jax.vjp(fun, x)[0]
+
+
+def _referring(x: jax.Array) -> jax.Array:
+    reference = jax.new_ref(x)
+    reference[...] = x
+    return reference[...]
+
+
+# in jax 0.10 there are stack and unstack, in 0.12 tile too
+MOVES = (
+    *some(lax, "stack_p", "unstack_p", "tile_p", "stage_p"),
+    _made_by(_reshard, ()),
+    _made_by(lambda x: with_layout_constraint(x, Layout((0, 1))), (1, 1)),
+)
+ACTIVATIONS = some(p, "log2_p", "one_minus_square_p")
+POLYNOMIAL = some(p, "polynomial_p")
+COMPARISONS = some(p, "eq_to_p", "le_to_p", "lt_to_p")
+RAGGED_DOT = _made_by(lambda x, w: lax.ragged_dot(x, w, jnp.ones(1, jnp.int32)), (1, 1), (1, 1, 1))
+# functions in a program, with the parameter that holds what they compute
+BODIES = ("jaxpr", "call_jaxpr", "callee", "call", "fwd_jaxpr")
+CALLS = (
+    _made_by(lambda x: lax.composite(lambda x: x, name="jaxlrp.any")(x), ()),
+    _made_by(_batched_by_hand(), ()),
+    _made_by(_remembering_less, ()),
+    _made_by(lambda x: jax.custom_derivatives.linear_call(lambda _, x: x, lambda _, x: x, (), x), ()),
+)
+# what an equation that makes, reads or writes a mutable array says of itself
+REFERENCE = tuple({type(f) for e in _traced(_referring, ()) for f in e.effects})
 
 
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:

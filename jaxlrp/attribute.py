@@ -19,7 +19,7 @@ from .interpret import Interpreter, Settings, lead
 from .places import place
 from .program import Atom, Body, Constant, Op, leaves
 from .recognise import recognise
-from .rules import Gradient, Rule, broadcasts
+from .rules import Gradient, Layer, Rule, broadcasts
 from .select import Selector
 from .tokens import carrier_of, carrying
 from .trace import Traced, trace
@@ -59,6 +59,11 @@ def chosen_rules(ops: Sequence[Op], rules: Sequence[Rule], watched: Collection[i
         for i, (op, r) in enumerate(zip(ops, rules, strict=True))
         if i in watched or (op.kind not in kept and type(r) is not Gradient)
     }
+
+
+def _arrived(layer: Layer, rule: Rule, relevance: jax.Array, received: Sequence[jax.Array]) -> jax.Array:
+    """What `layers` reports; of complex numbers, the relevance of either part as a part (see `rules.by_parts`)."""
+    return jnp.conj(relevance).astype(layer.op.output.aval.dtype)
 
 
 def rewrite(
@@ -133,7 +138,7 @@ def value_and_lrp(
         watched = [] if layers is None else _watched(ops, layers)
         masked = _masked(ops, masks or {})
         probes = _probes(body, ops, watched)
-        run = Interpreter(body, lambda layer, rule, relevance, received: relevance.astype(layer.op.output.aval.dtype))
+        run = Interpreter(body, _arrived)
         settings = Settings(chosen_rules(ops, rules, {*watched, *masked}), probes, masked)
 
         def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
@@ -263,7 +268,7 @@ def start(value: Any, target: Target) -> Any:
 
 def _own_value(y: jax.Array) -> Any:
     inexact = jnp.issubdtype(jnp.result_type(y), jnp.inexact)
-    return y if inexact else np.zeros(jnp.shape(y), jax.dtypes.float0)
+    return jnp.conj(y) if inexact else np.zeros(jnp.shape(y), jax.dtypes.float0)
 
 
 def _single(value: Any, target: Target) -> jax.Array:

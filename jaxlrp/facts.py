@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives as p
 
 from . import _compat, ranges
@@ -19,6 +20,8 @@ from .tokens import compares_with_all, embeds, makes_token
 
 Facts = dict[Value, Fact]
 
+# output i is operand i, moved; the operands beside it may decide where to
+_SEPARATE = frozenset((p.sort_p, lax.optimization_barrier_p))
 _ROOTS = frozenset((p.sqrt_p, p.rsqrt_p))
 
 
@@ -60,6 +63,10 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
             outputs = _scan(e, inputs, facts)
         elif e.primitive is p.cond_p:
             outputs = _cond(e, inputs, facts)
+        elif e.primitive in _SEPARATE:
+            outputs = [_simple(e, [f], maker) for f in inputs]
+            if e.primitive is p.sort_p and any(f.derived for f in inputs):
+                outputs = [f._replace(derived=True, names=()) for f in outputs]
         else:
             fact = _simple(e, inputs, maker)
             if e.primitive is p.iota_p or (e.primitive in STRUCTURAL and any(a in counts for a in e.inputs)):
@@ -89,7 +96,7 @@ def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
             chosen = [_reads(b, facts, arrives) for b in e.bodies]
             reads = [False, *map(any, zip(*chosen, strict=True))]
         else:
-            reads = [True] * len(e.inputs)
+            reads = arrives if e.primitive in _SEPARATE else [True] * len(e.inputs)
         found = zip(e.inputs, reads, strict=True)
         reached |= {a for a, read in found if read and isinstance(a, Value) and facts[a].relevant}
     for v in (v for e in block.equations for v in e.outputs):

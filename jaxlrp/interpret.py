@@ -23,7 +23,7 @@ from jax.extend.core import primitives as p
 from . import _compat
 from .errors import InputError
 from .program import Atom, Body, Constant, Equation, Group, Loop, Op, Step
-from .rules import Layer, Rule
+from .rules import Layer, Rule, summed
 from .tokens import Token, evaluate, plain, tokenise
 
 Env = dict[Atom, Any]
@@ -162,7 +162,7 @@ def _ending(value: jax.Array, probe: jax.Array) -> jax.Array:
     return value
 
 
-_ending.defvjp(lambda value, probe: (value, None), lambda _, r: (None, r.sum().astype(jnp.float32)))
+_ending.defvjp(lambda value, probe: (value, None), lambda _, r: (None, summed(r).astype(jnp.float32)))
 
 
 def loops(body: Body) -> list[Loop]:
@@ -212,7 +212,7 @@ def apply(
     def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None, Any, None]:
         rule, (inputs, params, output), mask = saved
         layer = Layer(op, inputs and list(map(plain, inputs)), params, output, books=probed)
-        relevance = relevance.astype(layer.dtype)
+        relevance = layer._cast(relevance)
         if mask is not None:
             relevance = relevance * jnp.asarray(mask, layer.dtype)
         received = _checked(op, rule, rule.propagate(layer, relevance))
@@ -241,8 +241,8 @@ def _checked(op: Op, rule: Rule, received: Any) -> Sequence[jax.Array]:
 def _sent(received: jax.Array, value: Any) -> Any:
     """Relevance as the cotangent of an Op's input: at ids, of their carrier."""
     if jnp.issubdtype(value.aval.dtype, jnp.inexact):
-        return received.astype(value.aval.dtype)
-    return Token(None, received.astype(float))
+        return jnp.asarray(received).astype(value.aval.dtype)
+    return Token(None, jnp.asarray(received).astype(float))
 
 
 _KEPT = ("inputs", "params", "output")

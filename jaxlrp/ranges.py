@@ -138,6 +138,11 @@ def _sign(x: Range) -> Range:
     return 0.0 if x[0] >= 0 else -np.inf, 0.0 if x[1] <= 0 else np.inf
 
 
+def _nonneg(x: Range) -> Range:
+    """A product of any number of such; the largest of them, beside their places."""
+    return (0.0, np.inf) if x[0] >= 0 else ANY
+
+
 def _sum(n: int, x: Range) -> Range:
     return _times(n, x[0]), _times(n, x[1])
 
@@ -187,6 +192,16 @@ _KNOWN: dict[Any, Callable[..., Range]] = {
     p.min_p: _all_of(min),
     p.clamp_p: lambda e, low, x, high: tuple(min(max(x[i], low[i]), high[i]) for i in (0, 1)),
     p.select_n_p: lambda e, which, *cases: hull(cases),
+    p.gather_p: lambda e, x, at: hull((x, (0.0, 0.0), of_constant(np.asarray(e.params["fill_value"] or 0)))),
+    p.scatter_p: lambda e, x, at, y: hull((x, y)),
+    p.scatter_max_p: lambda e, x, at, y: hull((x, y)),
+    p.scatter_min_p: lambda e, x, at, y: hull((x, y)),
+    p.scatter_add_p: lambda e, x, at, y: _sign(hull((x, y))),
+    p.scatter_mul_p: lambda e, x, at, y: _nonneg(hull((x, y))),
+    p.select_and_gather_add_p: lambda e, x, y: hull((x, (0.0, 0.0))),
+    p.select_and_scatter_add_p: lambda e, x, y: _sign(x),
+    p.top_k_p: lambda e, x: _nonneg(x),
+    p.approx_top_k_p: lambda e, x: _nonneg(x),
     p.dynamic_slice_p: lambda e, x, *at: x,
     p.dynamic_update_slice_p: lambda e, x, y, *at: hull((x, y)),
     p.convert_element_type_p: _cast,
@@ -195,9 +210,13 @@ _KNOWN: dict[Any, Callable[..., Range]] = {
     p.integer_pow_p: lambda e, x: _power(x, e.params["y"]),
     p.reduce_sum_p: lambda e, x: _sum(e.inputs[0].aval.size // max(e.outputs[0].aval.size, 1), x),
     p.dot_general_p: lambda e, x, y: _sum(_contracted(e), _product(x, y)),
+    _compat.RAGGED_DOT: lambda e, x, y, *sizes: _sign(_product(x, y)),
     p.conv_general_dilated_p: lambda e, x, y: _sign(_product(x, y)),
     p.reduce_window_sum_p: lambda e, x: _sign(x),
     p.cumsum_p: lambda e, x: _sign(x),
+    p.reduce_prod_p: lambda e, x: _nonneg(x),
+    p.cumprod_p: lambda e, x: _nonneg(x),
+    p.rem_p: lambda e, x, y: hull((x, (0.0, 0.0))),
     p.exp_p: _rising(np.exp),
     p.exp2_p: _rising(np.exp2),
     p.expm1_p: _rising(np.expm1),
@@ -210,6 +229,17 @@ _KNOWN: dict[Any, Callable[..., Range]] = {
     p.logistic_p: _rising(lambda a: 1 / (1 + np.exp(-a))),
     p.erf_p: _rising(math.erf),
     p.erfc_p: _within(0.0, 2.0),
+    p.erf_inv_p: lambda e, x: _sign(x),
+    p.igamma_p: _within(0.0, 1.0),
+    p.igammac_p: _within(0.0, 1.0),
+    p.regularized_incomplete_beta_p: _within(0.0, 1.0),
+    p.bessel_i0e_p: _within(0.0, 1.0),
+    p.bessel_i1e_p: lambda e, x: _sign(x),
+    p.cosh_p: _within(1.0, np.inf),
+    p.acosh_p: _within(0.0, np.inf),
+    p.acos_p: _within(0.0, np.pi),
+    p.asin_p: lambda e, x: _sign(x),
+    p.atanh_p: lambda e, x: _sign(x),
     p.sinh_p: _rising(np.sinh),
     p.asinh_p: _rising(np.arcsinh),
     p.atan_p: _rising(np.arctan),

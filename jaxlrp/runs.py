@@ -11,11 +11,14 @@ import dataclasses
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives as p
 
+from . import _compat
 from .graph import Draft, Graph
 from .kinds import ELEMENTWISE, kind_of
 from .program import Atom, Constant, Equation, Linear, Value
+from .single import data_slots, linear_in
 
 Axes = dict[int, int]  # axis of a value -> axis of the kernel
 
@@ -26,17 +29,30 @@ _MOVES = _SAME_SHAPE | {p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_
 _SHIFTS = frozenset((p.add_p, p.sub_p))
 _FACTORS = frozenset((p.mul_p, p.div_p, p.neg_p))
 _CORES = ("dense", "conv", "avg_pool", "reduce")
+# what lax.ragged_dot asks for: the rows of the first operand come in groups, each with a matrix of its own
+_ROWS = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
 
 
 def claim_linear(graph: Graph) -> None:
     drafts = []
     for e in graph.equations:
         kind = kind_of(e.primitive)
-        if kind in _CORES and graph.free(e) and graph.carries(e) and len(graph.data(e)) == len(graph.derived(e)) == 1:
+        if kind in _CORES and graph.free(e) and graph.carries(e) and _is_core(graph, e):
             drafts.append(_forward(graph, e, "resize" if _interpolates(graph, e) else kind))
     for draft in drafts:
         if draft.linear is not None:
             _backward(graph, draft, draft.linear)
+
+
+def _is_core(graph: Graph, e: Equation) -> bool:
+    """Whether `e` is linear in one value of the data, and nothing else about it but the sizes of groups is derived."""
+    if e.primitive is _compat.RAGGED_DOT:
+        return (
+            len(graph.data(e)) == 1
+            and kernel_axes(e, graph.data(e)[0]) is not None
+            and not any(graph.fact(a).derived for a in e.inputs[:2] if a is not graph.data(e)[0])
+        )
+    return len(graph.data(e)) == len(graph.derived(e)) == 1 and linear_in(e, data_slots(graph, e))
 
 
 def parameter_step(graph: Graph, e: Equation) -> Atom | None:
@@ -140,6 +156,9 @@ def _zero_pad(graph: Graph, e: Equation) -> bool:
 
 def kernel_axes(core: Equation, data: Atom) -> Axes | None:
     """Which axes of the core's output are output axes of its kernel; None for a core without a kernel."""
+    if core.primitive is _compat.RAGGED_DOT:  # (m, k) x (groups, k, n) -> (m, n)
+        rows = core.inputs[0] is data and core.params["ragged_dot_dimension_numbers"] == _ROWS
+        return {1: 2} if rows and core.params["group_offset"] is None else None
     if core.primitive is p.conv_general_dilated_p:
         numbers = core.params["dimension_numbers"]
         return {numbers.out_spec[1]: numbers.rhs_spec[0]} if core.inputs[0] is data else {}

@@ -53,7 +53,7 @@ def _entry(graph: Graph, e: Equation) -> Value | None:
         return _common(_unshifted(graph, above), _unshifted(graph, below))
     for v in _back(graph, right, guards=True):
         last = graph.producer.get(v)
-        if last is None:
+        if last is None or not last.values:  # the logarithm of a number
             continue
         if last.primitive is p.log_p:
             argument = _summed(graph, last.values[0])
@@ -100,7 +100,7 @@ def _argument(graph: Graph, v: Value, primitive: object) -> Value | None:
     """What the primitive was applied to, if `v` is its result, moved and guarded."""
     for u in _back(graph, v, guards=True):
         e = graph.producer.get(u)
-        if e is not None and e.primitive is primitive:
+        if e is not None and e.primitive is primitive and e.values:
             return e.values[0]
     return None
 

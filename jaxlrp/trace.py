@@ -179,7 +179,7 @@ def _open(
             nodes += children
             continue
         if eqn.primitive in WRAPPERS:
-            inner = _compat.closed(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
+            inner = _compat.closed(next(eqn.params[name] for name in _compat.BODIES if name in eqn.params))
             key = object()
             children, results = _open(inner, operands, constants, (*scopes, key))
             # a wrapper's results are the very values of its body, so that data flow sees through it

@@ -26,6 +26,7 @@ ORDER = [
     "ranges",
     "facts",
     "graph",
+    "single",
     "runs",
     "softmax",
     "attention",

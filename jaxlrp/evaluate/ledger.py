@@ -26,7 +26,7 @@ from ..composites import Composite
 from ..errors import InputError
 from ..interpret import Interpreter, Settings, lead, loops
 from ..program import Body
-from ..rules import Layer, Rule
+from ..rules import Layer, Rule, summed
 from ..tokens import carrier_of, carrying
 from ..trace import check_argnums
 
@@ -215,7 +215,7 @@ def _probes(body: Body, rules: Sequence[Rule]) -> tuple[dict[int, tuple[str, str
 
 def _row(layer: Layer, rule: Rule, relevance: jax.Array, received: Sequence[jax.Array]) -> jax.Array:
     """The report of one Op, in the order of COLUMNS."""
-    arrived, passed = relevance.sum(), _sum(received)
+    arrived, passed = summed(relevance), _sum(received)
     books = layer.books or {}
     kept = [books.get(c, jnp.zeros((), arrived.dtype)) for c in ("bias", "stabiliser", "dropped")]
     ended = books.get("ended", jnp.zeros((), arrived.dtype))
@@ -246,7 +246,7 @@ def _ended(name: str, amount: np.ndarray) -> LedgerRow:
 
 def _sum(tree: Any) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
-    return sum((x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum() for x in leaves), jnp.zeros(()))
+    return sum((summed(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in leaves), jnp.zeros(()))
 
 
 _DEPENDENT = "the function does not treat examples one by one; write batched=False for one ledger over all of them"

@@ -1,8 +1,9 @@
 """Relevance rules; each is a frozen dataclass whose numbers are pytree leaves."""
 
 from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor, Stop
+from .arithmetic import by_parts, divide, stabilise, summed
 from .attention import Attention
-from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, divide, rule, stabilise
+from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, rule
 from .domain import Flat, WSquare, ZBox
 from .embedding import EmbeddingSum
 from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
@@ -49,9 +50,11 @@ __all__ = [
     "ZPlus",
     "Zero",
     "broadcasts",
+    "by_parts",
     "divide",
     "in_proportion",
     "rule",
     "share",
     "stabilise",
+    "summed",
 ]

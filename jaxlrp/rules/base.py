@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
+from .. import _compat
 from ..errors import InputError
 from ..kinds import check as check_kind
 from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
+from .arithmetic import summed
 
 T = TypeVar("T", bound=type)
 
@@ -139,16 +141,6 @@ def broadcasts(small: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return len(small) <= len(shape) and all(b in (1, n) for b, n in zip(small[::-1], shape[::-1], strict=False))
 
 
-def stabilise(z: jax.Array, epsilon: Any) -> jax.Array:
-    """z + epsilon * sign(z), with sign(0) = +1 (Bach et al. 2015, eq. 58)."""
-    return z + jnp.asarray(epsilon, z.dtype) * jnp.where(z >= 0, 1, -1).astype(z.dtype)
-
-
-def divide(r: jax.Array, z: jax.Array) -> jax.Array:
-    """r / z, and 0 where z is 0: a unit without contributions sends no messages."""
-    return jnp.where(z == 0, 0, r / jnp.where(z == 0, 1, z))
-
-
 class Layer:
     """An Op with its arrays, as a rule sees it in the backward pass.
 
@@ -170,7 +162,8 @@ class Layer:
     ):
         self.op = op
         self.books: dict[str, jax.Array] | None = {} if books else None
-        self.dtype = jnp.promote_types(op.output.aval.dtype, jnp.float32)
+        # the compute dtype; of complex numbers, that of their parts
+        self.dtype = jnp.finfo(jnp.promote_types(op.output.aval.dtype, jnp.float32)).dtype
         self._exact = all(_dtype(v) in (None, self.dtype) for e in op.steps for v in (*e.inputs, *e.outputs))
         self.inputs = tuple(self._cast(x) for x in inputs or ())
         self.output = self._cast(output)
@@ -196,12 +189,18 @@ class Layer:
         if entry not in ("bias", "stabiliser", "dropped", "ended"):
             raise InputError(f'book({entry!r}): the books have "bias", "stabiliser", "dropped" and "ended"')
         if self.books is not None:
-            self.books[entry] = self.books.get(entry, jnp.zeros((), self.dtype)) + amount().sum()
+            self.books[entry] = self.books.get(entry, jnp.zeros((), self.dtype)) + summed(amount())
 
     @cached_property
     def offset(self) -> jax.Array:
         """What a linear layer gives where the data is zero: its bias, of whatever kind it is."""
         return self.bias if self.op.linear is not None else self.apply(*(jnp.zeros_like(x) for x in self.inputs))
+
+    @property
+    def degree(self) -> int:
+        """By what power the layer grows with its data: 2 for a product of two data values, which are linear in each."""
+        last = leaves(self.op.steps)[-1]
+        return 2 if last.primitive in _BILINEAR and all(a in self.op.inputs for a in last.inputs[:2]) else 1
 
     @property
     def occurrences(self) -> tuple[int, ...]:
@@ -234,6 +233,10 @@ class Layer:
         params = dict(e.params)
         if params.get("preferred_element_type") is not None:
             params["preferred_element_type"] = np.dtype(self.dtype)
+        if params.get("update_jaxpr") is not None:  # how a scatter combines two numbers, in the model's dtype
+            two = [jax.ShapeDtypeStruct((), self.dtype)] * 2
+            combine = jax.make_jaxpr(partial(jax.core.eval_jaxpr, params["update_jaxpr"], params["update_consts"]))
+            params["update_jaxpr"] = combine(*two).jaxpr
         out = e.primitive.bind(*values, **params)
         return list(out) if e.primitive.multiple_results else [out]
 
@@ -355,7 +358,8 @@ class Layer:
 
     def _core(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         linear = self._linear()
-        (out,) = self._evaluate(linear.core, [x, kernel] if linear.slot == 0 else [kernel, x])
+        sizes = map(self._read, linear.core.inputs[2:])  # of the groups of a ragged product
+        (out,) = self._evaluate(linear.core, [*([x, kernel] if linear.slot == 0 else [kernel, x]), *sizes])
         return out
 
     def _before(self, x: jax.Array) -> jax.Array:
@@ -381,6 +385,7 @@ class Layer:
         return env[end]
 
 
+_BILINEAR = frozenset((p.mul_p, p.dot_general_p, p.conv_general_dilated_p, _compat.RAGGED_DOT))
 _MOVED = frozenset((p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p))
 
 

@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import primitives as p
 
 from ..program import Atom, Op, Value, leaves
-from .base import Layer, Rule, check_number, divide, rule, stabilise
+from .arithmetic import divide, stabilise
+from .base import Layer, Rule, check_number, rule
 
 
 def operands(op: Op) -> list[Value]:
@@ -44,22 +46,50 @@ def shares_by_value(layer: Layer, relevance: jax.Array, takers: Sequence[Atom], 
 class Uniform(Rule):
     """Equal shares: every operand of a product or sum gets R / n, every element of an average pool's window too.
 
-    An operand that is broadcast gets the sum over its copies. Source: Achtibat et al. 2024, Prop. 3.2; for pools the
-    rule "flat" of Lapuschkin et al. 2017.
+    Factors of a product over an axis, a cumulative one or `x.at[i].multiply` are its operands. An operand that is
+    broadcast gets the sum over its copies. A place that no factor of the data reaches is dropped. Source: Achtibat et
+    al. 2024, Prop. 3.2; for pools the rule "flat" of Lapuschkin et al. 2017.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset(("product", "add", "avg_pool", "reduce"))
     uses: ClassVar[frozenset[str]] = frozenset(("inputs", "params"))
 
+    def supports(self, op: Op) -> bool:
+        return op.kind in self.kinds and (op.kind != "reduce" or len(op.inputs) == 1)
+
     def needs(self, op: Op) -> frozenset[str]:
-        return self.uses if op.kind in ("avg_pool", "reduce") else frozenset()
+        return frozenset() if by_operands(op) else self.uses
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        if by_operands(layer.op):
+            repeated = [v for v, n in zip(layer.op.inputs, layer.occurrences, strict=True) for _ in range(n)]
+            return equal_shares(layer, relevance, repeated)
+        ones = [jnp.ones_like(x) for x in layer.inputs]
         if layer.op.kind in ("avg_pool", "reduce"):
-            weights, pull = jax.vjp(layer.apply, jnp.ones_like(layer.inputs[0]))
-            return pull(divide(relevance, weights))
-        repeated = [v for v, n in zip(layer.op.inputs, layer.occurrences, strict=True) for _ in range(n)]
-        return equal_shares(layer, relevance, repeated)
+            _, counts = jax.jvp(layer.apply, layer.inputs, tuple(ones))
+            _, pull = jax.vjp(layer.apply, *layer.inputs)
+        else:
+            counts, pull = jax.vjp(lambda *xs: _added(layer, xs), *ones)
+        layer.book("dropped", lambda: jnp.where(counts == 0, relevance, 0))
+        return pull(divide(relevance, counts))
+
+
+def by_operands(op: Op) -> bool:
+    """Whether whole operands are multiplied, or added, element by element."""
+    return op.kind == "add" or leaves(op.steps)[-1].primitive in (p.mul_p, p.div_p)
+
+
+def _added(layer: Layer, values: Sequence[jax.Array]) -> jax.Array:
+    """These values, in the places of the layer's inputs, added where the layer multiplies its operands."""
+    e = leaves(layer.op.steps)[-1]
+    if e.primitive is p.reduce_prod_p:
+        return values[0].sum(tuple(e.params["axes"]))
+    if e.primitive is p.cumprod_p:
+        return jax.lax.cumsum(values[0], e.params["axis"], e.params["reverse"])
+    given: dict[Atom, jax.Array] = dict(zip(layer.op.inputs, values, strict=True))
+    operand, updates = (given.get(a, jnp.zeros(a.aval.shape, layer.dtype)) for a in (e.inputs[0], e.inputs[2]))
+    how = {k: v for k, v in e.params.items() if k not in ("update_jaxpr", "update_consts")}
+    return jax.lax.scatter_add(operand, layer._read(e.inputs[1]), updates, **how)
 
 
 @rule

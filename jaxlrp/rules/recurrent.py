@@ -15,7 +15,7 @@ from jax.extend.core import primitives as p
 
 from ..program import Op, Value, leaves
 from .base import Layer, Rule, check_choice, check_number, rule
-from .product import equal_shares, operands, shares_by_value
+from .product import by_operands, equal_shares, operands, shares_by_value
 
 
 @rule
@@ -47,6 +47,9 @@ class SignalTakesAll(Rule):
     def __post_init__(self) -> None:
         check_choice(self, "signal", "gated", "linear", "first", "second")
         check_number(self, "epsilon", minimum=0)
+
+    def supports(self, op: Op) -> bool:
+        return op.kind == "matmul" or (op.kind == "product" and by_operands(op))
 
     def needs(self, op: Op) -> frozenset[str]:
         return self.uses if op.kind == "matmul" else frozenset()
