@@ -534,7 +534,7 @@ def test_unknown_among_parameters():
 BLOCKED = {
     "stop_gradient": lambda y: y + lax.stop_gradient(turn_p.bind(y)),
     "comparison": lambda y: jnp.where(y >= turn_p.bind(y)[:, 1:2], y, 0.0),
-    "integers": lambda y: y * jnp.floor(turn_p.bind(y)).astype(int),
+    "integers": lambda y: y * jnp.ceil(turn_p.bind(y)).astype(int),
 }
 
 
