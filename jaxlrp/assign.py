@@ -147,8 +147,8 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
         return Gradient()
     if op.primitive == "while":
         raise UnknownPrimitiveError(
-            f"while at {op.source}: relevance cannot pass a while_loop whose length depends on data; write "
-            f"lax.fori_loop with constant bounds, or lax.scan"
+            f"while at {op.source}: relevance cannot pass a while_loop whose length depends on data, or that stands in "
+            f"a shard_map; write lax.fori_loop with constant bounds, or lax.scan"
         )
     if op.label == "embedding":
         raise UnknownPrimitiveError(

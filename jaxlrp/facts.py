@@ -60,6 +60,9 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
             outputs = _scan(e, inputs, facts)
         elif e.primitive is p.cond_p:
             outputs = _cond(e, inputs, facts)
+        elif e.primitive is _compat.shard_map_p:
+            facts.update(zip(e.bodies[0].inputs, inputs, strict=True))
+            outputs = infer(e.bodies[0], facts)
         else:
             fact = _simple(e, inputs, maker)
             if e.primitive is p.iota_p or (e.primitive in STRUCTURAL and any(a in counts for a in e.inputs)):
@@ -88,6 +91,8 @@ def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
         elif e.primitive is p.cond_p:
             chosen = [_reads(b, facts, arrives) for b in e.bodies]
             reads = [False, *map(any, zip(*chosen, strict=True))]
+        elif e.primitive is _compat.shard_map_p:
+            reads = _reads(e.bodies[0], facts, arrives)
         else:
             reads = [True] * len(e.inputs)
         found = zip(e.inputs, reads, strict=True)

@@ -53,8 +53,11 @@ STRUCTURAL = frozenset((
     p.reshape_p, p.transpose_p, p.broadcast_in_dim_p, p.squeeze_p, p.slice_p, p.dynamic_slice_p,
     p.dynamic_update_slice_p, p.pad_p, p.concatenate_p, p.rev_p, p.gather_p, p.select_n_p, p.convert_element_type_p,
     p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p, lax.split_p,
-    *_compat.MOVES,
+    *_compat.MOVES, p.all_gather_p, p.all_to_all_p, p.ppermute_p, _compat.pvary_p,
 ))  # fmt: skip
+
+# sums over the devices of a shard_map
+PSUMS = frozenset((p.psum_p, _compat.psum_invariant_p))
 
 # no relevance passes: zero derivative everywhere, or declared constant by the user
 _BLOCKED = (
@@ -82,6 +85,10 @@ _TABLE: dict[Any, str] = {
     p.reduce_window_sum_p: "avg_pool",
     p.reduce_sum_p: "reduce",
     p.cumsum_p: "reduce",
+    p.pmax_p: "max_pool",
+    p.pmin_p: "max_pool",
+    _compat.reduce_scatter_p: "reduce",
+    **dict.fromkeys(PSUMS, "reduce"),
     **dict.fromkeys(_ACTIVATIONS, "activation"),
     **dict.fromkeys(STRUCTURAL, "structural"),
     **dict.fromkeys(_BLOCKED, "blocked"),
@@ -95,7 +102,7 @@ ELEMENTWISE = frozenset((
 ))  # fmt: skip
 
 WRAPPERS = frozenset((p.jit_p, p.custom_jvp_call_p, p.custom_vjp_call_p, p.remat_p, p.closed_call_p))
-LOOPS = frozenset((p.scan_p, p.cond_p))
+LOOPS = frozenset((p.scan_p, p.cond_p, _compat.shard_map_p))
 
 
 def kind_of(primitive: Any) -> str:

@@ -130,6 +130,8 @@ def _claim_single(graph: Graph, e: Equation) -> None:
         kind = "unknown"
     elif kind == "max_pool":
         label = "max_pool" if e.primitive is p.reduce_window_max_p else label
+    elif e.primitive is _compat.psum_invariant_p:
+        label = "psum"
     last = equations[-1].outputs[0]
     graph.claim(Draft(kind, label, equations, last, equations[0]))
 

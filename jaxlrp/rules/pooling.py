@@ -15,6 +15,7 @@ from .base import Layer, Rule, check_choice, divide, rule
 _OVER_AXES = (p.reduce_max_p, p.reduce_min_p)
 _OVER_WINDOWS = (p.reduce_window_max_p, p.reduce_window_min_p)
 _MINIMA = (p.reduce_min_p, p.reduce_window_min_p)
+_OVER_DEVICES = (p.pmax_p, p.pmin_p)
 
 
 @rule
@@ -23,7 +24,8 @@ class Winner(Rule):
 
     ties: "first" in the window's order, or "split" in equal parts. For max-pooling, maxima over axes, and the maximum
     of two values (there ties always split). The smooth maximum logsumexp gives each element its softmax weight
-    (Kauffmann et al. 2022). Source: Bach et al. 2015. Raises InputError for another choice.
+    (Kauffmann et al. 2022), the maximum over devices (`lax.pmax`) is one window. Source: Bach et al. 2015. Raises
+    InputError for another choice.
     """
 
     ties: str = "first"
@@ -35,6 +37,8 @@ class Winner(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         e = leaves(layer.op.steps)[-1]
+        if e.primitive in _OVER_DEVICES:
+            return (_among_devices(e, layer, relevance, self.ties),)
         windowed = e.primitive in _OVER_WINDOWS
         dilated = windowed and max(e.params["window_dilation"]) > 1  # of these JAX has no derivative
         if not windowed and e.primitive not in _OVER_AXES or windowed and self.ties == "first" and not dilated:
@@ -86,6 +90,19 @@ class AbsoluteShare(Rule):
         z, pull = jax.vjp(lambda *xs: jnp.stack([jnp.broadcast_to(x, relevance.shape) for x in xs]).sum(0), *sizes)
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
         return tuple(x * g for x, g in zip(sizes, pull(divide(relevance, z)), strict=True))
+
+
+def _among_devices(e: Equation, layer: Layer, relevance: jax.Array, ties: str) -> jax.Array:
+    """The winner among the devices of a shard_map."""
+    (x,) = layer.inputs
+    over = {"axis_name": e.params["axes"], "axis_index_groups": e.params["axis_index_groups"]}
+    wins = x == layer.output
+    if ties == "first":
+        device = jax.lax.axis_index(over["axis_name"])
+        wins &= device == jax.lax.pmin(jnp.where(wins, device, np.iinfo(np.int32).max), **over)
+    # the transpose of the sum tells every device what arrived, of which each may hold a part
+    count, pull = jax.vjp(lambda wins: jax.lax.psum(wins, **over), wins.astype(x.dtype))
+    return wins * pull(relevance)[0] / count
 
 
 def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:
