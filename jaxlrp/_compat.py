@@ -1,6 +1,7 @@
 """Every fact about JAX versions, and the primitives that no public name reaches. Aim: almost empty."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core as jex
 from jax.extend.core import primitives as p
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
 
 
 def some(place: Any, *names: str) -> tuple[Any, ...]:
@@ -28,7 +30,7 @@ def _traced(fun: Callable, *shapes: tuple[int, ...]) -> Any:
 
 def _reshard(x: jax.Array) -> jax.Array:
     with use_abstract_mesh(AbstractMesh((1,), ("i",), axis_types=(AxisType.Explicit,))):
-        return jax.sharding.reshard(x, PartitionSpec())
+        return jax.sharding.reshard(x, P())
 
 
 def _batched_by_hand() -> Callable:
@@ -69,6 +71,45 @@ CALLS = (
 )
 # what an equation that makes, reads or writes a mutable array says of itself
 REFERENCE = tuple({type(f) for e in _traced(_referring, ()) for f in e.effects})
+
+
+def _primitives() -> tuple[Any, ...]:
+    """Those of `shard_map` that JAX keeps without a public name, read off a program that is never run."""
+
+    def on_each(x: jax.Array) -> Any:
+        return lax.pcast(lax.psum(x, "i"), "i", to="varying"), lax.psum_scatter(x, "i", tiled=True)
+
+    mesh = AbstractMesh((1,), ("i",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
+    (outer,) = jax.make_jaxpr(mapped)(jax.ShapeDtypeStruct((1,), "float32")).eqns
+    return outer.primitive, *(e.primitive for e in outer.params["jaxpr"].eqns)
+
+
+# in a thread of its own: who imports this may be tracing, or have set a mesh
+with ThreadPoolExecutor(1) as _thread:
+    shard_map_p, psum_invariant_p, pvary_p, reduce_scatter_p = _thread.submit(_primitives).result()
+
+
+def varying(aval: Any) -> frozenset[Any]:
+    """The mesh axes along which a value may differ between devices, by its type (under `check_vma`)."""
+    return aval.mat.varying if hasattr(aval, "mat") else getattr(aval, "vma", frozenset())
+
+
+def vary(x: Any, axes: Any) -> Any:
+    """`x` as a value that may differ along these mesh axes."""
+    missing = tuple(a for a in axes if a not in varying(jax.typeof(x))) if axes else ()
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def over_devices(x: Any, axes: Any = ()) -> Any:
+    """`x` summed over all mesh axes along which it may differ but these."""
+    others = tuple(a for a in varying(jax.typeof(x)) if a not in axes)
+    return lax.psum(x, others) if others else x
+
+
+def alike(x: Any, axes: Any) -> Any:
+    """`x` as a value that may differ along these mesh axes, and is summed over all others."""
+    return vary(over_devices(x, axes), axes)
 
 
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:

@@ -63,6 +63,9 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
             outputs = _scan(e, inputs, facts)
         elif e.primitive is p.cond_p:
             outputs = _cond(e, inputs, facts)
+        elif e.primitive is _compat.shard_map_p:
+            facts.update(zip(e.bodies[0].inputs, inputs, strict=True))
+            outputs = infer(e.bodies[0], facts)
         elif e.primitive in _SEPARATE:
             outputs = [_simple(e, [f], maker) for f in inputs]
             if e.primitive is p.sort_p and any(f.derived for f in inputs):
@@ -95,6 +98,8 @@ def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
         elif e.primitive is p.cond_p:
             chosen = [_reads(b, facts, arrives) for b in e.bodies]
             reads = [False, *map(any, zip(*chosen, strict=True))]
+        elif e.primitive is _compat.shard_map_p:
+            reads = _reads(e.bodies[0], facts, arrives)
         else:
             reads = arrives if e.primitive in _SEPARATE else [True] * len(e.inputs)
         found = zip(e.inputs, reads, strict=True)

@@ -57,8 +57,11 @@ STRUCTURAL = frozenset((
     p.dynamic_update_slice_p, p.pad_p, p.concatenate_p, p.rev_p, p.gather_p, p.select_n_p, p.convert_element_type_p,
     p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p, lax.split_p,
     p.scatter_p, p.sort_p, p.top_k_p, p.approx_top_k_p, lax.optimization_barrier_p, p.select_and_gather_add_p,
-    p.real_p, p.imag_p, p.complex_p, *_compat.MOVES,
+    p.real_p, p.imag_p, p.complex_p, p.all_gather_p, p.all_to_all_p, p.ppermute_p, _compat.pvary_p, *_compat.MOVES,
 ))  # fmt: skip
+
+# sums over the devices of a shard_map
+PSUMS = frozenset((p.psum_p, _compat.psum_invariant_p))
 
 # no relevance passes: zero derivative everywhere, or declared constant by the user
 _BLOCKED = (
@@ -72,14 +75,14 @@ _BLOCKED = (
 # the largest (smallest) of some values, and smooth maxima
 _MAXIMA = (
     p.max_p, p.min_p, p.reduce_max_p, p.reduce_min_p, p.reduce_window_max_p, p.reduce_window_min_p,
-    p.cummax_p, p.cummin_p, p.cumlogsumexp_p, p.scatter_max_p, p.scatter_min_p,
+    p.cummax_p, p.cummin_p, p.cumlogsumexp_p, p.scatter_max_p, p.scatter_min_p, p.pmax_p, p.pmin_p,
 )  # fmt: skip
 
 # linear in their data
-_SUMS = (
+_SUMS = frozenset((
     p.reduce_sum_p, p.cumsum_p, p.scatter_add_p, lax.scatter_sub_p, p.select_and_scatter_add_p,
-    p.triangular_solve_p, p.tridiagonal_solve_p, p.linear_solve_p,
-)  # fmt: skip
+    p.triangular_solve_p, p.tridiagonal_solve_p, p.linear_solve_p, _compat.reduce_scatter_p,
+))  # fmt: skip
 
 _TABLE: dict[Any, str] = {
     p.dot_general_p: "dense",
@@ -94,7 +97,7 @@ _TABLE: dict[Any, str] = {
     p.reduce_window_sum_p: "avg_pool",
     **dict.fromkeys((p.mul_p, p.div_p, p.reduce_prod_p, p.cumprod_p, p.scatter_mul_p), "product"),
     **dict.fromkeys(_MAXIMA, "max_pool"),
-    **dict.fromkeys(_SUMS, "reduce"),
+    **dict.fromkeys(_SUMS | PSUMS, "reduce"),
     **dict.fromkeys(_ACTIVATIONS, "activation"),
     **dict.fromkeys(STRUCTURAL, "structural"),
     **dict.fromkeys(_BLOCKED, "blocked"),
@@ -111,7 +114,8 @@ LINEAR_IN = {
 
 # Primitives that relevance cannot pass, by name, as many of them have no public other: {reason: names}.
 _WITHOUT_RULE = {
-    "the length of the loop depends on data; write lax.fori_loop with constant bounds, or lax.scan": "while",
+    "the length of the loop depends on data, or it stands in a shard_map; write lax.fori_loop with constant bounds, or "
+    "lax.scan": "while",
     "the matrix of a linear system depends on data, whose elements have no share of the solution": (
         "triangular_solve tridiagonal_solve custom_linear_solve"
     ),
@@ -158,7 +162,7 @@ ELEMENTWISE = frozenset((
 WRAPPERS = frozenset((
     p.jit_p, p.custom_jvp_call_p, p.custom_vjp_call_p, p.remat_p, p.closed_call_p, p.call_p, *_compat.CALLS,
 ))  # fmt: skip
-LOOPS = frozenset((p.scan_p, p.cond_p))
+LOOPS = frozenset((p.scan_p, p.cond_p, _compat.shard_map_p))
 
 
 def kind_of(primitive: Any) -> str:

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
+from . import _compat
+
 
 class Value:
     """One array of the program, known by identity."""
@@ -108,10 +110,15 @@ class Equation:
         )
         return single, list(slots.values())
 
+    def spread(self, inputs: Sequence[Any]) -> list[Any]:
+        """These inputs, in a shard_map as values that may differ between devices where the equation's own may."""
+        return [_compat.vary(x, _compat.varying(a.aval)) for x, a in zip(inputs, self.inputs, strict=True)]
+
     def evaluate(self, *inputs: Any) -> list[Any]:
         """The equation on these inputs: a one-equation jaxpr, so that name stacks and call conventions stay JAX's."""
         single, slots = self._single
-        return jax.core.eval_jaxpr(single, (), *(inputs[i] for i in slots))
+        values = self.spread(inputs)
+        return jax.core.eval_jaxpr(single, (), *(values[i] for i in slots))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,7 +237,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """A scan or cond that carries data, with its recognised bodies."""
+    """A scan, cond or shard_map that carries data, with its recognised bodies."""
 
     equation: Equation
     bodies: tuple[Body, ...]

@@ -16,6 +16,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from . import _compat
+from .kinds import PSUMS
 from .program import Constant, Equation, Value
 
 Range = tuple[float, float]
@@ -28,7 +29,7 @@ _MOVES = frozenset((
     p.reshape_p, p.transpose_p, p.broadcast_in_dim_p, p.squeeze_p, p.slice_p, p.pad_p, p.concatenate_p, p.rev_p,
     p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p, p.stop_gradient_p, lax.split_p,
     p.reduce_max_p, p.reduce_min_p, p.cummax_p, p.cummin_p, p.reduce_window_max_p, p.reduce_window_min_p,
-    *_compat.MOVES,
+    *_compat.MOVES, _compat.pvary_p, p.all_gather_p, p.all_to_all_p, p.pmax_p, p.pmin_p,
 ))  # fmt: skip
 
 
@@ -250,4 +251,7 @@ _KNOWN: dict[Any, Callable[..., Range]] = {
     p.round_p: _rising(np.round),
     p.sign_p: _rising(np.sign),
     p.iota_p: _within(0.0, np.inf),
+    p.axis_index_p: _within(0.0, np.inf),
+    p.ppermute_p: lambda e, x: hull((x, (0.0, 0.0))),  # zeros for a device that receives nothing
+    **dict.fromkeys((*PSUMS, _compat.reduce_scatter_p), lambda e, x: _sign(x)),
 }

@@ -1,8 +1,9 @@
 """Linear runs: a convolution or dense layer with its bias, BatchNorm, reshapes and preprocessing is one Op.
 
-From each linear core the run goes forward along values read once, over reshapes and over sums and products with
-parameters (a BatchNorm in inference mode is four of these), then backward over what nothing else claimed. A factor
-joins a convolution only where it varies along the kernel's own output axes: then it folds into the kernel.
+From each linear core the run goes forward along values read once, over reshapes, over sums and products with
+parameters (a BatchNorm in inference mode is four of these), and over the sum of what the devices of a `shard_map` have
+each computed from their part of the inputs; then backward over what nothing else claimed. A factor joins a convolution
+only where it varies along the kernel's own output axes: then it folds into the kernel.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from jax.extend.core import primitives as p
 
 from . import _compat
 from .graph import Draft, Graph
-from .kinds import ELEMENTWISE, kind_of
+from .kinds import ELEMENTWISE, PSUMS, kind_of
 from .program import Atom, Constant, Equation, Linear, Value
 from .single import data_slots, linear_in
 
 Axes = dict[int, int]  # axis of a value -> axis of the kernel
 
 _SAME_SHAPE = frozenset((
-    p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.name_p,
+    p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.name_p, _compat.pvary_p,
 ))  # fmt: skip
+_OVER_DEVICES = PSUMS | {_compat.reduce_scatter_p}
 _MOVES = _SAME_SHAPE | {p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p}
 _SHIFTS = frozenset((p.add_p, p.sub_p))
 _FACTORS = frozenset((p.mul_p, p.div_p, p.neg_p))
@@ -93,7 +95,7 @@ def _forward(graph: Graph, core: Equation, kind: str) -> Draft:
             break
         if kind == "resize" and kind_of(e.primitive) == "dense" and _interpolates(graph, e):
             pass
-        elif e.primitive in _MOVES:
+        elif e.primitive in _MOVES | _OVER_DEVICES:
             moved = _move(axes or {}, e)
             # a pool keeps its shape: the reshape after it belongs to the dense layer that it prepares
             if moved is None or (axes is None and _long(e.inputs[0]) != _long(e.outputs[0])):
@@ -176,8 +178,11 @@ def kernel_axes(core: Equation, data: Atom) -> Axes | None:
 def _move(axes: Axes, e: Equation) -> Axes | None:
     """Where the axes lie after a reshape or transpose; None where the value is repeated."""
     prim, old, new = e.primitive, e.inputs[0].aval.shape, e.outputs[0].aval.shape
-    if prim in _SAME_SHAPE:
+    if prim in _SAME_SHAPE | PSUMS:
         return axes
+    if prim is _compat.reduce_scatter_p:  # of the axis that is scattered each device has its own part, or it is gone
+        scattered, gone = e.params["scatter_dimension"], not e.params["tiled"]
+        return {i - (gone and i > scattered): axis for i, axis in axes.items() if i != scattered}
     if prim is p.transpose_p:
         return {i: axes[j] for i, j in enumerate(e.params["permutation"]) if j in axes}
     if prim is p.squeeze_p:

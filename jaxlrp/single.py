@@ -43,6 +43,8 @@ def classify(graph: Graph, e: Equation) -> tuple[str, str]:
         return "scale", label
     if kind == "activation" and not one or kind == "reduce" and not linear_in(e, slots):
         return "unknown", label
+    if e.primitive is _compat.psum_invariant_p:
+        label = "psum"
     if kind == "max_pool":
         return kind, "max_pool" if e.primitive is p.reduce_window_max_p else _EXTREMA.get(e.primitive, label)
     return kind, label

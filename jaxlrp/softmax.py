@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from .graph import Draft, Graph, small
-from .kinds import STRUCTURAL
+from .kinds import PSUMS, STRUCTURAL
 from .program import Equation, Value
 
 _MOVES = STRUCTURAL | {p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.stop_gradient_p}
-_GUARDS = frozenset((p.add_p, p.max_p, p.abs_p))
+_GUARDS = PSUMS | {p.add_p, p.max_p, p.abs_p, p.pmax_p}  # over devices, sums and maxima go on
 _LABELS = {p.div_p: "softmax", p.sub_p: "log_softmax", p.add_p: "logsumexp"}
 
 

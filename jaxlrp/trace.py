@@ -202,6 +202,6 @@ def _known(atom: Atom, constants: dict[Value, Any]) -> Any:
 def _bodies(eqn: Any) -> tuple[Block, ...]:
     if eqn.primitive not in LOOPS:
         return ()
-    if eqn.primitive is p.scan_p:
-        return (_open_block(eqn.params["jaxpr"]),)
-    return tuple(_open_block(b) for b in eqn.params["branches"])
+    if eqn.primitive is p.cond_p:
+        return tuple(_open_block(b) for b in eqn.params["branches"])
+    return (_open_block(eqn.params["jaxpr"]),)

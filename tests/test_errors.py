@@ -18,6 +18,8 @@ import pytest
 from flax import linen, nnx
 from jax import lax
 from jax.extend.core import primitives
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxlrp
 import nets
@@ -103,6 +105,15 @@ def until_large(x):
 
 def activation(x):
     return jnp.tanh(x @ W)  # the tanh line
+
+
+def summing(x):
+    return lax.psum(x @ W, "d")  # the psum line
+
+
+def on_devices(f, check_vma=True):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=check_vma)
 
 
 def at(marker: str) -> str:
@@ -348,6 +359,24 @@ case(SelectorError, lambda: value_and_lrp(MLP, EPSILON, layers=select.named("tai
 case(SelectorError, lambda: run(MLP, masks={"tail": 1.0}), "no layer 'tail' .. dense[0], relu, dense[1]")
 case(InputError, lambda: run(MLP, masks={"relu": np.ones(5)}), "masks['relu'] .. (5,) .. (3, 6)")
 case(InputError, lambda: run(MLP, masks={"relu": np.ones((1, 3, 6))}), "masks['relu'] .. (1, 3, 6) .. (3, 6)")
+
+# devices
+case(
+    InputError,
+    lambda: on_devices(lrp(summing, EPSILON), False)(X),
+    f"psum over d ({at('psum')[:-1]} .. lrp(shard_map(f))",
+)
+case(InputError, lambda: jax.vmap(lrp(summing, EPSILON), axis_name="d")(IMAGE[0]), "psum over d .. (or vmap for")
+case(
+    InputError,
+    lambda: run(on_devices(MLP, False), composites.guided_backprop()),
+    "GuidedBackprop at relu .. check_vma=False .. write shard_map(..., check_vma=True)",
+)
+case(
+    InputError, lambda: run(on_devices(MLP), masks={"relu": np.ones((2, 3, 6))}), "(2, 3, 6) .. (3, 6) .. (1,) devices"
+)
+case(InputError, lambda: patterns.fit(on_devices(MLP), [X]), "dense[0] .. inside a shard_map .. without shard_map")
+case(UnknownPrimitiveError, lambda: run(on_devices(until_large)), "while .. stands in a shard_map .. lax.fori_loop")
 
 # kinds and rules
 case(InputError, lambda: kinds.register(primitives.sort_p, "dense"), "sort .. 'dense' .. activation, structural")

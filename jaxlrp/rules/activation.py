@@ -38,8 +38,8 @@ class Pass(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         if layer.op.kind in NORMS:  # each element where it came from, whatever is transposed on the way
-            x = layer.op.inputs[0].aval
-            return tuple(jax.linear_transpose(layer.moved, jax.ShapeDtypeStruct(x.shape, layer.dtype))(relevance))
+            like = jax.lax.full_like(relevance, 0, shape=layer.op.in_shapes[0])
+            return tuple(jax.linear_transpose(layer.moved, like)(relevance))
         if layer.op.kind not in ("structural", "resize"):
             (shape,) = layer.op.in_shapes
             if shape == relevance.shape:
@@ -146,6 +146,8 @@ class DeconvNet(_Relu):
     For ReLUs, with an upper bound (relu6) or without. Source: Zeiler and Fergus 2014.
     """
 
+    linear: ClassVar[bool] = False
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         return (jnp.maximum(relevance, 0),)
 
@@ -156,6 +158,8 @@ class GuidedBackprop(_Relu):
 
     u: the upper bound of a relu6, else infinity. Source: Springenberg et al. 2015.
     """
+
+    linear: ClassVar[bool] = False
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         x = layer.inputs[0]

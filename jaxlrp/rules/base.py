@@ -22,6 +22,7 @@ from jax.extend.core import primitives as p
 
 from .. import _compat
 from ..errors import InputError
+from ..kinds import PSUMS
 from ..kinds import check as check_kind
 from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
@@ -86,10 +87,12 @@ class Rule:
     kinds: the kinds of Op it can be assigned to. uses: what of the layer it reads ("inputs", "output", "params"); what
     is not named is not kept from the forward pass. conserves: whether all relevance is passed on but for what the rule
     enters in the layer's books (`Layer.book`); for one that is documented not to, the ledger shows what it creates.
+    linear: whether R_in is linear in R_out, as it must be where devices hold parts of it.
     """
 
     kinds: ClassVar[frozenset[str]] = LINEAR
     conserves: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset(("inputs", "output", "params"))
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
@@ -226,7 +229,7 @@ class Layer:
             env = dict(zip(e.inputs, values, strict=True))
             inner = self._run(e.children, {**self._params, **env})
             return [a.value if isinstance(a, Constant) else inner[a] for a in e.outputs]
-        values = [self._cast(v) for v in values]
+        values = e.spread([self._cast(v) for v in values])
         if e.primitive in (p.convert_element_type_p, p.reduce_precision_p):
             floating = jnp.issubdtype(e.outputs[0].aval.dtype, jnp.floating)  # a mask may become numbers here
             return [jnp.asarray(v, self.dtype) for v in values] if floating else e.evaluate(*values)
@@ -371,7 +374,7 @@ class Layer:
         return self._follow(linear.before, {self.op.inputs[0]: x}, linear.core.inputs[linear.slot])
 
     def _follow(self, steps: Sequence[Equation], env: dict[Atom, Any], end: Atom) -> jax.Array:
-        """Through the reshapes among the steps, with padding of zeros, past the sums and products."""
+        """Through the reshapes among the steps and sums over devices, padding with zeros, past sums and products."""
         for e in steps:
             value = next((env[a] for a in e.inputs if a in env), None)
             if value is None or e.primitive is p.reduce_sum_p:  # a norm's statistics
@@ -386,7 +389,9 @@ class Layer:
 
 
 _BILINEAR = frozenset((p.mul_p, p.dot_general_p, p.conv_general_dilated_p, _compat.RAGGED_DOT))
-_MOVED = frozenset((p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p))
+_MOVED = PSUMS | {
+    p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p, _compat.pvary_p, _compat.reduce_scatter_p
+}  # fmt: skip
 
 
 def _dtype(atom: Atom) -> Any:

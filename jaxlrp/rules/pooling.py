@@ -19,6 +19,7 @@ _OVER_WINDOWS = (p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_p
 _MINIMA = (p.reduce_min_p, p.reduce_window_min_p)
 _FROM_A_START = (p.reduce_p, p.reduce_window_p)  # which may be larger than every element
 _CUMULATIVE = (p.cummax_p, p.cummin_p)
+_OVER_DEVICES = (p.pmax_p, p.pmin_p)
 
 
 @rule
@@ -27,9 +28,9 @@ class Winner(Rule):
 
     ties: "first" in the window's order, or "split" in equal parts. For max-pooling, maxima over axes, cumulative maxima
     (there always the first), the maximum of two values and `x.at[i].max` (there ties always split). The smooth maxima
-    logsumexp and cumlogsumexp give each element its softmax weight (Kauffmann et al. 2022). Where the start of the
-    reduction is larger than every element, relevance ends there. Source: Bach et al. 2015. Raises InputError for
-    another choice.
+    logsumexp and cumlogsumexp give each element its softmax weight (Kauffmann et al. 2022); the maximum over devices
+    (`lax.pmax`) is one window. Where the start of the reduction is larger than every element, relevance ends there.
+    Source: Bach et al. 2015. Raises InputError for another choice.
     """
 
     ties: str = "first"
@@ -41,6 +42,8 @@ class Winner(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         e = leaves(layer.op.steps)[-1]
+        if e.primitive in _OVER_DEVICES:
+            return (_among_devices(e, layer, relevance, self.ties),)
         if e.primitive in _CUMULATIVE:
             return (_to_records(e, layer.output, relevance),)
         windowed, started = e.primitive in _OVER_WINDOWS, e.primitive in _FROM_A_START
@@ -98,6 +101,19 @@ class AbsoluteShare(Rule):
         z, pull = jax.vjp(lambda *xs: jnp.stack([jnp.broadcast_to(x, relevance.shape) for x in xs]).sum(0), *sizes)
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
         return tuple(x * g for x, g in zip(sizes, pull(divide(relevance, z)), strict=True))
+
+
+def _among_devices(e: Equation, layer: Layer, relevance: jax.Array, ties: str) -> jax.Array:
+    """The winner among the devices of a shard_map."""
+    (x,) = layer.inputs
+    over = {"axis_name": e.params["axes"], "axis_index_groups": e.params["axis_index_groups"]}
+    wins = x == layer.output
+    if ties == "first":
+        device = jax.lax.axis_index(over["axis_name"])
+        wins &= device == jax.lax.pmin(jnp.where(wins, device, np.iinfo(np.int32).max), **over)
+    # the transpose of the sum tells every device what arrived, of which each may hold a part
+    count, pull = jax.vjp(lambda wins: jax.lax.psum(wins, **over), wins.astype(x.dtype))
+    return wins * pull(relevance)[0] / count
 
 
 def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:
