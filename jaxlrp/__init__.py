@@ -7,6 +7,7 @@ from . import composites, errors, evaluate, gradients, kinds, patterns, rules, s
 from .attribute import logits, lrp, plan, rewrite, value_and_lrp
 from .composites import Composite
 from .functional import functional
+from .similarity import bilrp
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Composite",
+    "bilrp",
     "composites",
     "errors",
     "evaluate",

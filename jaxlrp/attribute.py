@@ -152,8 +152,33 @@ def value_and_lrp(
     (where they are concrete).
     """
 
+    both = pullback(fun, composite, argnums, layers, masks, on_unknown=on_unknown)
+
     @functools.wraps(fun, updated=())
     def explained(*args: Any, **kwargs: Any) -> Any:
+        value, pull = both(*args, **kwargs)
+        relevance, seen = pull(start(value, target))
+        return (value, relevance) if layers is None else (value, relevance, seen)
+
+    return explained
+
+
+def pullback(
+    fun: Callable,
+    composite: Composite,
+    argnums: int | Sequence[int] = 0,
+    layers: Selector | None = None,
+    masks: dict[str, Any] | None = None,
+    *,
+    on_unknown: str = "error",
+) -> Callable:
+    """A function of `fun`'s arguments: (fun's output, pull), pull(start relevance) = (relevance, {layer: relevance}).
+
+    Any number of starts, mapped or one after another, share one forward pass. Args and errors as `value_and_lrp`.
+    """
+
+    @functools.wraps(fun, updated=())
+    def pulled(*args: Any, **kwargs: Any) -> Any:
         traced, body = analyse(fun, args, kwargs, argnums)
         check_nan(traced)
         ops = list(body.ops())
@@ -171,12 +196,15 @@ def value_and_lrp(
             outputs = run(dataclasses.replace(settings, probes=probes), *arrays)
             return jax.tree.unflatten(traced.out_tree, outputs)
 
-        value, pull = jax.vjp(forward, [carrier_of(traced.arrays[i]) for i in traced.explained], probes)
-        received, seen = pull(start(value, target))
-        relevance = jax.tree.unflatten(traced.explained_tree, received)
-        return (value, relevance) if layers is None else (value, relevance, {ops[i].name: seen[i] for i in watched})
+        value, transposed = jax.vjp(forward, [carrier_of(traced.arrays[i]) for i in traced.explained], probes)
 
-    return explained
+        def pull(begun: Any) -> tuple[Any, dict[str, Any]]:
+            received, seen = transposed(begun)
+            return jax.tree.unflatten(traced.explained_tree, received), {ops[i].name: seen[i] for i in watched}
+
+        return value, pull
+
+    return pulled
 
 
 def lrp(

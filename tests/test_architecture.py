@@ -46,6 +46,7 @@ ORDER = [
     "logits",
     "functional",
     "gradients",
+    "similarity",
     "nn",
     "evaluate",
     "words",

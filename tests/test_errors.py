@@ -25,6 +25,7 @@ import jaxlrp
 import nets
 from jaxlrp import (
     Composite,
+    bilrp,
     composites,
     functional,
     gradients,
@@ -241,6 +242,23 @@ case(InputError, lambda: row(select.kind("dense"), Undecorated()), "Undecorated 
 case(InputError, lambda: rules.rule(type("R", (rules.Rule,), {"uses": {"input"}})), "R: uses={'input'} .. \"inputs\"")
 case(SelectorError, lambda: rules.rule(type("R", (rules.Rule,), {"kinds": {"denses"}})), "unknown kind 'denses'")
 case(InputError, lambda: conservation(dense, linear(Books()))(X), "book('biass') .. \"bias\"")
+
+# pairs of features
+case(InputError, lambda: bilrp(dense, ZERO, batch_size=0), "batch_size=0 .. write a positive integer")
+case(InputError, lambda: bilrp(dense, ZERO, (0, 1))(X, X), "one argument, given twice .. argnums=(0, 1) and 2 argum")
+case(
+    InputError,
+    lambda: bilrp(dense, ZERO)(X),
+    "one argument, given twice .. 1 argument(s): write bilrp(f, composite, ar",
+)
+case(InputError, lambda: bilrp(lambda p: dense(p["x"]), ZERO)({"x": X}, {"x": X}), "bilrp explains arrays, got .. {'x'")
+case(
+    InputError,
+    lambda: bilrp(lambda x: [dense(x)], ZERO)(X, X),
+    "an embedding must be one array of shape (m,) or (n, m)",
+)
+case(InputError, lambda: bilrp(dense, ZERO)(X, X[:2]), "shapes [(3, .. (2, .. of as many examples as its argument has")
+case(InputError, lambda: bilrp(dense, ZERO, pool=jnp.sum)(X, X), "with relevance of shapes [(), ()]")
 
 # models
 Haikus = type("Transformed", (), {"__module__": "haiku._src.transform"})
