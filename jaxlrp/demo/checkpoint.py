@@ -52,6 +52,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}  # those that were named so far
+
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         try:
             return ALLOWED[module_name, global_name]
@@ -62,7 +66,8 @@ class _Unpickler(pickle.Unpickler):
         tag, dtype, key, _device, size, _view = pid
         if tag != "storage":
             raise pickle.UnpicklingError(f"unknown persistent id {tag!r}")
-        return _Storage(key, dtype, size)
+        self.storages[key] = _Storage(key, dtype, size)
+        return self.storages[key]
 
 
 def _read_storages(file: IO[bytes], declared: dict[str, _Storage]) -> dict[str, np.ndarray]:
@@ -77,8 +82,15 @@ def _read_storages(file: IO[bytes], declared: dict[str, _Storage]) -> dict[str, 
     return storages
 
 
-def load(path: Traversable) -> dict[str, np.ndarray]:
-    """The state dict, {name: array}.
+def _arrays(state: Any, storages: dict[str, np.ndarray]) -> Any:
+    """The object with arrays in place of its tensors, in dictionaries however deep."""
+    if isinstance(state, dict):
+        return {name: _arrays(value, storages) for name, value in state.items()}
+    return state.array(storages) if isinstance(state, _Tensor) else state
+
+
+def load(path: Traversable) -> dict[str, Any]:
+    """The state dict, {name: array}, or what else was saved in dictionaries: state dicts, numbers, strings.
 
     path: a pathlib.Path or an importlib.resources file. ValueError if it is not such a checkpoint or is cut short,
     IndexError if a tensor reaches outside its storage, pickle.UnpicklingError if the file names anything but
@@ -89,7 +101,7 @@ def load(path: Traversable) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} is not a PyTorch checkpoint in the format before PyTorch 1.6")
         for _ in ("protocol", "machine"):
             _Unpickler(file).load()
-        state: dict[str, _Tensor] = _Unpickler(file).load()
-        declared = {tensor.storage.key: tensor.storage for tensor in state.values()}
-        storages = _read_storages(file, declared)
-    return {name: tensor.array(storages) for name, tensor in state.items()}
+        reader = _Unpickler(file)
+        state = reader.load()
+        storages = _read_storages(file, reader.storages)
+    return _arrays(state, storages)
