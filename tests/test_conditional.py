@@ -197,7 +197,7 @@ def test_masks_on_several_kinds():
     def f(x):
         y = (lower(x)[:, ::2] * 2.0).reshape(2, 8, 4)
         y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-3)
-        y = jax.nn.softmax(y @ y.swapaxes(1, 2)) @ y
+        y = jax.nn.softmax(y @ y.swapaxes(1, 2) @ y)  # the other way round they are one layer, attention
         y = y * jax.nn.sigmoid(y @ KERNELS[2][:4, :1])
         return jnp.concatenate([y, jnp.ones((2, 1, 4))], 1).mean(1)[:, :3]
 
