@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from .composites import Composite, base
 from .errors import InputError, NoRuleError, SelectorError, UnknownPrimitiveError
+from .kinds import EXCEPTIONS
 from .program import Op
 from .rules import Flat, Gradient, Pass, Rule, WSquare, ZBox
 
@@ -113,6 +116,10 @@ def assign(ops: Sequence[Op], composite: Composite, on_unknown: str = "error") -
         rules.append(rule)
         rows.append(PlanRow(op.name, op.kind, op.in_shapes, op.out_shape, rule, not own, op.source))
     notes = _notes(ops)
+    for op, rule in zip(ops, rules, strict=True):
+        note = rule.note(op)
+        where = f" ({op.source})" if op.source else ""
+        notes += (f"{op.name}{where}: {note}",) if note else ()
     for i, j in _preprocessing(ops, rules):
         if rows[j].base:  # see composites.base
             rules[j] = Pass()
@@ -141,10 +148,14 @@ def _unused(ops: Sequence[Op], selector: Any, rule: Rule) -> str:
 def _unknown(op: Op, on_unknown: str) -> Rule:
     if on_unknown == "gradient":
         return Gradient()
-    if op.primitive == "while":
+    where = f"relevance arrives at the primitive {op.primitive!r} ({op.source})"
+    round_it = 'to let the gradient through, pass on_unknown="gradient"'
+    if op.primitive in EXCEPTIONS:
+        raise UnknownPrimitiveError(f"{where}: {EXCEPTIONS[op.primitive]}; {round_it}")
+    if any(np.issubdtype(v.aval.dtype, np.complexfloating) for v in (*op.inputs, op.output)):
         raise UnknownPrimitiveError(
-            f"while at {op.source}: relevance cannot pass a while_loop whose length depends on data; write "
-            f"lax.fori_loop with constant bounds, or lax.scan"
+            f"{where}, which is no sum, product or modulus of complex numbers; write it with their .real and .imag, or "
+            f"{round_it}"
         )
     if op.label == "embedding":
         raise UnknownPrimitiveError(
@@ -153,13 +164,13 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
         )
     if len(op.inputs) > 1:
         raise UnknownPrimitiveError(
-            f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which combines {len(op.inputs)} "
-            f'values of the data by no rule that is known; to let the gradient through, pass on_unknown="gradient"'
+            f"{where}, which combines {len(op.inputs)} values of the data by no rule that is known; hold all but one "
+            f"constant by lax.stop_gradient, or {round_it}"
         )
     raise UnknownPrimitiveError(
-        f"relevance arrives at the primitive {op.primitive!r} ({op.source}), which has no kind. If it acts element "
+        f"{where}, which has no kind. If it acts element "
         f'by element, write jaxlrp.kinds.register({op.primitive.replace("-", "_")}_p, "activation"); if it moves '
-        f'elements, "structural"; if it is linear, "reduce". To let the gradient through, pass on_unknown="gradient".'
+        f'elements, "structural"; if it is linear, "reduce"; {round_it}'
     )
 
 

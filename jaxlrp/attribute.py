@@ -10,16 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as p
 
+from ._compat import vary, varying
 from .assign import Plan, assign, is_end
 from .composites import Composite
 from .errors import InputError, SelectorError, TargetError
 from .facts import infer, prune
-from .interpret import Interpreter, Settings, lead
+from .interpret import Interpreter, Settings, around, device_counts, lead
 from .places import place
 from .program import Atom, Body, Constant, Op, leaves
 from .recognise import recognise
-from .rules import Gradient, Rule, broadcasts
+from .rules import Gradient, Layer, Rule, broadcasts
 from .select import Selector
 from .tokens import carrier_of, carrying
 from .trace import Traced, trace
@@ -45,7 +47,27 @@ def analyse(
                 f"floating-point input, write .astype(jnp.float32)"
             )
     body = recognise(traced.block, facts)
+    _check_devices(body)
     return traced, place(body, [traced.block.inputs[i] for i in traced.explained])
+
+
+def _check_devices(body: Body) -> None:
+    """Raises InputError at a sum or maximum over devices whose shard_map, or vmap, is around all of this.
+
+    Each of them would start with relevance of its own for what they all share, unless types keep track of that.
+    """
+    loops = around(body)
+    for op in body.ops():
+        bound = {a for loop in loops[op] for a in loop.equation.params.get("newly_manual_axes", ())}
+        for e in leaves(op.steps) if op.kind != "blocked" else ():
+            if e.primitive in (p.psum_p, p.pmax_p, p.pmin_p):
+                named = {a for a in e.params["axes"] if not isinstance(a, int)}
+                if named - bound - varying(e.inputs[0].aval):
+                    raise InputError(
+                        f"{e.primitive} over {', '.join(map(str, named))} ({op.source}): its devices lie around the "
+                        f"explanation, and each would count the relevance of what they share; write lrp(shard_map(f)) "
+                        f"(or vmap for shard_map), or shard_map(lrp(f), check_vma=True)"
+                    )
 
 
 def chosen_rules(ops: Sequence[Op], rules: Sequence[Rule], watched: Collection[int] = ()) -> dict[int, Rule]:
@@ -59,6 +81,11 @@ def chosen_rules(ops: Sequence[Op], rules: Sequence[Rule], watched: Collection[i
         for i, (op, r) in enumerate(zip(ops, rules, strict=True))
         if i in watched or (op.kind not in kept and type(r) is not Gradient)
     }
+
+
+def _arrived(layer: Layer, rule: Rule, relevance: jax.Array, received: Sequence[jax.Array]) -> jax.Array:
+    """What `layers` reports; of complex numbers, the relevance of either part as a part (see `rules.by_parts`)."""
+    return jnp.conj(relevance).astype(layer.op.output.aval.dtype)
 
 
 def rewrite(
@@ -108,12 +135,13 @@ def value_and_lrp(
         per example: that logit's value (last axis; output (C,) or (N, C)). A callable: start relevance from the output,
         a pytree like it. A traced index out of range gives zero relevance.
       layers: a selector; the relevance that arrives at the output of each Op it selects is returned too, by the Op's
-        name in the plan (in a scan with the iterations as leading axes), from the same pass; after the mask, if the
-        Op has one.
+        name in the plan, from the same pass; after the mask, if the Op has one. In a scan the iterations are leading
+        axes; in a shard_map, the mesh axes along which the Op's output differs (with check_vma=False all of them, and
+        of what the devices share each holds a part of the relevance).
       masks: {Op's name: array that broadcasts to its output}; relevance arriving there is multiplied by it, so that
         only the chosen channels or positions are followed (conditional relevance, Achtibat et al. 2023); in a scan one
-        mask serves every iteration. Several conditions at once: `jax.vmap` over the masks, which maps the backward pass
-        alone.
+        mask serves every iteration, in a shard_map every device, unless it has the leading axes that `layers` gives.
+        Several conditions at once: `jax.vmap` over the masks, which maps the backward pass alone.
 
     The explained argument may hold token ids (integers that index an embedding): the relevance of an id is that of what
     it selects, summed over the features, in float.
@@ -131,9 +159,9 @@ def value_and_lrp(
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
         watched = [] if layers is None else _watched(ops, layers)
-        masked = _masked(ops, masks or {})
+        masked = _masked(body, ops, masks or {})
         probes = _probes(body, ops, watched)
-        run = Interpreter(body, lambda layer, rule, relevance, received: relevance.astype(layer.op.output.aval.dtype))
+        run = Interpreter(body, _arrived)
         settings = Settings(chosen_rules(ops, rules, {*watched, *masked}), probes, masked)
 
         def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
@@ -230,26 +258,35 @@ def _has_one_output(op: Op) -> bool:
     return op.kind not in ("blocked", "unknown") and not op.splits
 
 
-def _masked(ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, Any]:
+def _masked(body: Body, ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, Any]:
     if not isinstance(masks, dict):
         raise InputError(f"masks={masks!r}: write a dictionary from the layers' names in the plan to arrays")
-    names = {op.name: i for i, op in enumerate(ops)}
+    names, loops = {op.name: i for i, op in enumerate(ops)}, around(body)
     found = {}
     for name, mask in masks.items():
         if name not in names:
             raise SelectorError(f"masks: there is no layer {name!r}; the plan names: {', '.join(names)}")
         if not _has_one_output(ops[names[name]]):
             raise InputError(f"masks: {name!r} has no one output; mask the layers that read it")
-        shape = ops[names[name]].out_shape
-        if not broadcasts(jnp.shape(mask), shape):
-            raise InputError(f"masks[{name!r}] of shape {jnp.shape(mask)} does not broadcast to the output {shape}")
+        op, given = ops[names[name]], jnp.shape(mask)
+        devices = tuple(n for loop in loops[op] for n in device_counts(loop, op).values())
+        apart = devices and len(given) == len(devices) + len(op.out_shape) and given[: len(devices)] == devices
+        if not broadcasts(given[len(devices) :] if apart else given, op.out_shape):
+            each = f", nor, with {devices} devices in front, what follows" if devices else ""
+            raise InputError(f"masks[{name!r}] of shape {given} does not broadcast to the output {op.out_shape}{each}")
         found[names[name]] = mask
     return found
 
 
 def _probes(body: Body, ops: Sequence[Op], watched: Sequence[int]) -> dict[int, jax.Array]:
-    lengths = lead(body)
-    return {i: jnp.zeros((*lengths[ops[i]], *ops[i].out_shape), ops[i].output.aval.dtype) for i in watched}
+    lengths, loops = lead(body), around(body)
+
+    def probe(op: Op) -> jax.Array:
+        inner = {a for loop in loops[op] for a in device_counts(loop, op)}
+        zeros = jnp.zeros((*lengths[op], *op.out_shape), op.output.aval.dtype)
+        return vary(zeros, varying(op.output.aval) - inner)  # along the axes of a shard_map around all of this
+
+    return {i: probe(ops[i]) for i in watched}
 
 
 def start(value: Any, target: Target) -> Any:
@@ -263,7 +300,7 @@ def start(value: Any, target: Target) -> Any:
 
 def _own_value(y: jax.Array) -> Any:
     inexact = jnp.issubdtype(jnp.result_type(y), jnp.inexact)
-    return y if inexact else np.zeros(jnp.shape(y), jax.dtypes.float0)
+    return jnp.conj(y) if inexact else np.zeros(jnp.shape(y), jax.dtypes.float0)
 
 
 def _single(value: Any, target: Target) -> jax.Array:
@@ -308,7 +345,7 @@ def _called(value: Any, target: Callable) -> Any:
             return _own_value(y)
         if jnp.shape(r) != y.shape:
             raise TargetError(f"the target's start relevance has shape {jnp.shape(r)}, the output {y.shape}")
-        return jnp.asarray(r, y.dtype)
+        return vary(jnp.asarray(r, y.dtype), varying(jax.typeof(y)))
 
     return jax.tree.map(fit, begun, value)
 
@@ -327,4 +364,5 @@ def _has_nan(array: Any) -> bool:
     if isinstance(array, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(array), jnp.inexact):
         return False
     with jax.ensure_compile_time_eval():
-        return bool(jnp.isnan(jnp.asarray(array)).any())
+        found = jnp.isnan(jnp.asarray(array)).any()
+        return not isinstance(found, jax.core.Tracer) and bool(found)  # a shard_map that runs eagerly traces constants

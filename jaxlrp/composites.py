@@ -31,6 +31,7 @@ from .rules import (
     PatternAttribution,
     PatternNet,
     Rule,
+    SignalTakesAll,
     SoftmaxTaylor,
     Stop,
     Uniform,
@@ -82,7 +83,7 @@ class Composite:
     def find(self, op: Op) -> int | None:
         """The index of the first row that fits this Op and whose rule can be applied to it."""
         for i, (selector, rule) in enumerate(self.rows):
-            if selector.matches(op) and rule.supports(op):
+            if selector.matches(op) and rule.supports(op) and (not op.splits or _left_to_jax(op, rule)):
                 return i
         return None
 
@@ -101,19 +102,24 @@ class Composite:
         return new
 
 
+def _left_to_jax(op: Op, rule: Rule) -> bool:
+    """Whether the derivative of the Op is JAX's own, which is all there is where it has several outputs."""
+    return op.kind in ("structural", "blocked") or type(rule) is Gradient
+
+
 def base() -> Composite:
     """What serves every composite where its own rows leave an Op open.
 
-    Activations, reshapes, norms and a BatchNorm without a linear neighbour pass; sums, scales and average pools are in
-    proportion; max-pools to the winner; a token gets the sum over its embedding; softmax, products, matrix products and
-    attention as AttnLRP. Dense and conv have no default: none given is an error. Preprocessing of the explained input
-    that did not join its first layers passes where one of them has Flat, WSquare or ZBox: in proportion to
-    x / (x - mean) their relevance would explode.
+    Activations, reshapes, norms and a BatchNorm without a linear neighbour pass; sums, scales, average pools and what
+    is computed in complex numbers are in proportion; maxima to the winner; a token gets the sum over its embedding;
+    softmax, products, matrix products and attention as AttnLRP. Dense and conv have no default: none given is an error.
+    Preprocessing of the explained input that did not join its first layers passes where one of them has Flat, WSquare
+    or ZBox: in proportion to x / (x - mean) their relevance would explode.
     """
     return Composite([
         (kind("activation", "structural", "blocked"), Pass()),
         (kind("batch_norm", "layer_norm", "rms_norm", "group_norm", "local_response_norm"), Pass()),
-        (kind("scale", "add", "reduce", "avg_pool", "resize"), Epsilon(1e-9)),
+        (kind("scale", "add", "reduce", "avg_pool", "resize", "complex"), Epsilon(1e-9)),
         (kind("max_pool"), Winner()),
         (kind("embedding"), EmbeddingSum()),
         (kind("softmax"), SoftmaxTaylor()),
@@ -181,18 +187,21 @@ def excitation_backprop() -> Composite:
     return Composite([(kind("dense", "conv"), ZPlus())])
 
 
-def attnlrp(norm: str = "identity", epsilon: Any = 1e-6, gamma: Any = None, conv_gamma: Any = None) -> Composite:
+def attnlrp(
+    norm: str = "constant_statistics", epsilon: Any = 1e-9, gamma: Any = None, conv_gamma: Any = None
+) -> Composite:
     """AttnLRP (Achtibat et al. 2024): attention and products share relevance equally between their operands.
 
-    norm: LayerNorm and its kin as "identity", or with "constant_statistics" (what the authors' gradient x input
-    implementation does). Dense and conv layers have Epsilon(epsilon), or GeneralizedGamma where gamma (dense) or
-    conv_gamma is a number, as vision transformers want it. Raises InputError for another norm.
+    norm: LayerNorm and its kin with "constant_statistics", as in the authors' gradient x input implementation, or as
+    "identity", as in their Prop. 3.4: then relevance can explode at residual sums, where it meets units near zero.
+    Dense and conv layers have Epsilon(epsilon), or GeneralizedGamma where gamma (dense) or conv_gamma is a number, as
+    vision transformers want it. Raises InputError for another norm.
     """
     return _transformer("attnlrp", norm, epsilon, gamma, conv_gamma)
 
 
 def cp_lrp(
-    norm: str = "constant_statistics", epsilon: Any = 1e-6, gamma: Any = None, conv_gamma: Any = None
+    norm: str = "constant_statistics", epsilon: Any = 1e-9, gamma: Any = None, conv_gamma: Any = None
 ) -> Composite:
     """CP-LRP (Ali et al. 2022): attention weights, and the gates of products, are constants.
 
@@ -202,6 +211,7 @@ def cp_lrp(
     constant: list[Row] = [
         (kind("attention"), Attention("constant")),
         (kind("softmax"), Stop()),
+        (kind("product", "matmul"), SignalTakesAll("linear")),
     ]
     return Composite(constant) + _transformer("cp_lrp", norm, epsilon, gamma, conv_gamma)
 

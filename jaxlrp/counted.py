@@ -19,8 +19,11 @@ from . import _compat
 def as_scan(eqn: Any, operands: Sequence[Any]) -> Any | None:
     """The `while` equation as a closed jaxpr of one scan, or None if its length is not known.
 
-    operands: the value of each operand of the equation where it is a constant, else None.
+    operands: the value of each operand of the equation where it is a constant, else None. In a shard_map, outside which
+    its body may mean nothing, a loop stays as it is.
     """
+    if any(_compat.varying(v.aval) for v in eqn.invars):
+        return None
     cond, body = (_compat.closed(eqn.params[k]) for k in ("cond_jaxpr", "body_jaxpr"))
     before, consts = _compat.while_arity(eqn.params)
     shared, init = operands[before : before + consts], operands[before + consts :]
@@ -55,6 +58,8 @@ def as_scan(eqn: Any, operands: Sequence[Any]) -> Any | None:
             lambda c: (c[0] + 1, run(body, after, shared, c[1])),
             (0, [init[i] for i in order]),
         )
+    if isinstance(length, jax.core.Tracer):
+        return None
 
     def scanned(*values: Any) -> Any:
         def step(carry: Any, _: None) -> tuple[Any, None]:

@@ -1,4 +1,4 @@
-"""What is known of every value before anything runs: does it carry relevance, can it be negative, whose is it.
+"""What is known of every value before anything runs: does it carry relevance, what are its bounds, whose is it.
 
 A forward pass over the equations says what depends on the explained inputs, a backward pass drops what no relevance
 can reach from the outputs; in a scan the facts of the carry are a fixpoint over the body.
@@ -10,47 +10,39 @@ from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives as p
 
-from . import _compat
+from . import _compat, ranges
 from .kinds import STRUCTURAL, kind_of
 from .program import Atom, Block, Constant, Equation, Fact, Value
 from .tokens import compares_with_all, embeds, makes_token
 
 Facts = dict[Value, Fact]
 
-# the output is never negative, whatever the input
-_NONNEG = frozenset((p.exp_p, p.exp2_p, p.logistic_p, p.abs_p, p.square_p, p.sqrt_p, p.rsqrt_p, p.erfc_p, p.iota_p))
-# the output is not negative where every operand is not
-_KEEPS_SIGN = frozenset((
-    p.add_p, p.add_jaxvals_p, p.mul_p, p.div_p, p.min_p, p.integer_pow_p, p.cbrt_p, p.log1p_p, p.expm1_p, p.tanh_p,
-    p.erf_p, p.sinh_p, p.asinh_p, p.atan_p,
-    p.reshape_p, p.transpose_p, p.broadcast_in_dim_p, p.squeeze_p, p.slice_p, p.pad_p, p.concatenate_p, p.rev_p,
-    p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p,
-    p.stop_gradient_p, p.floor_p, p.ceil_p, p.round_p, p.sign_p,
-    p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.cumsum_p, p.cummax_p, p.reduce_window_max_p,
-    p.reduce_window_min_p, p.reduce_window_sum_p, p.dot_general_p, p.conv_general_dilated_p,
-))  # fmt: skip
-# operands beyond the first are indices or a predicate
-_INDEXED = frozenset((p.gather_p, p.dynamic_slice_p))
+# output i is operand i, moved; the operands beside it may decide where to
+_SEPARATE = frozenset((p.sort_p, lax.optimization_barrier_p))
 _ROOTS = frozenset((p.sqrt_p, p.rsqrt_p))
 
 
 def fact_of(facts: Facts, atom: Atom) -> Fact:
     if isinstance(atom, Constant):
-        value = np.asarray(atom.value)
-        number = np.issubdtype(value.dtype, np.number) or value.dtype == bool
-        return Fact(nonneg=bool(number and not np.iscomplexobj(value) and (value >= 0).all()))
+        low, high = ranges.of_constant(np.asarray(atom.value))
+        return Fact(low=low, high=high)
     return facts[atom]
 
 
 def join(facts: Iterable[Fact]) -> Fact:
     """What holds for a value that may be any of several."""
     some = list(facts)
+    low, high = ranges.hull((f.low, f.high) for f in some) if some else ranges.ANY
+    derived = [f for f in some if f.derived]
     return Fact(
         data=any(f.data for f in some),
-        derived=any(f.derived for f in some),
-        nonneg=all(f.nonneg for f in some),
+        derived=bool(derived),
+        low=low,
+        high=high,
+        marked=bool(derived) and all(f.marked for f in derived),
         names=tuple(dict.fromkeys(n for f in some for n in f.names)),
         root=any(f.root for f in some),
         token=any(f.token for f in some),
@@ -62,15 +54,24 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
     for value in block.constants:
         facts[value] = Fact()
     counts: set[Value] = set()  # 0, 1, 2 ... along an axis
+    maker: dict[Value, Equation] = {}
     for e in block.equations:
+        maker.update(dict.fromkeys(e.outputs, e))
         inputs = [fact_of(facts, a) for a in e.inputs]
         tokens = [f.token for f in inputs]
         if e.primitive is p.scan_p:
             outputs = _scan(e, inputs, facts)
         elif e.primitive is p.cond_p:
             outputs = _cond(e, inputs, facts)
+        elif e.primitive is _compat.shard_map_p:
+            facts.update(zip(e.bodies[0].inputs, inputs, strict=True))
+            outputs = infer(e.bodies[0], facts)
+        elif e.primitive in _SEPARATE:
+            outputs = [_simple(e, [f], maker) for f in inputs]
+            if e.primitive is p.sort_p and any(f.derived for f in inputs):
+                outputs = [f._replace(derived=True, names=()) for f in outputs]
         else:
-            fact = _simple(e, inputs)
+            fact = _simple(e, inputs, maker)
             if e.primitive is p.iota_p or (e.primitive in STRUCTURAL and any(a in counts for a in e.inputs)):
                 counts.update(e.outputs)
             token = makes_token(e, tokens) or compares_with_all(e, tokens, counts)
@@ -97,8 +98,10 @@ def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
         elif e.primitive is p.cond_p:
             chosen = [_reads(b, facts, arrives) for b in e.bodies]
             reads = [False, *map(any, zip(*chosen, strict=True))]
+        elif e.primitive is _compat.shard_map_p:
+            reads = _reads(e.bodies[0], facts, arrives)
         else:
-            reads = [True] * len(e.inputs)
+            reads = arrives if e.primitive in _SEPARATE else [True] * len(e.inputs)
         found = zip(e.inputs, reads, strict=True)
         reached |= {a for a, read in found if read and isinstance(a, Value) and facts[a].relevant}
     for v in (v for e in block.equations for v in e.outputs):
@@ -131,33 +134,16 @@ def _scan_reads(e: Equation, arrives: list[bool], facts: Facts) -> list[bool]:
         arrives = grown
 
 
-def _simple(e: Equation, inputs: list[Fact]) -> Fact:
+def _simple(e: Equation, inputs: list[Fact], maker: dict[Value, Equation]) -> Fact:
     both = join(inputs)
     # a value that depends on the data is nobody's parameter
     names = () if both.derived else both.names
     data = both.data and kind_of(e.primitive) != "blocked"
+    low, high = ranges.bounds(e, [(f.low, f.high) for f in inputs], maker)
+    marked = both.marked or (e.primitive is p.name_p and e.params["name"] == "gate")
     # that of a number is no variance's: embeddings are multiplied, scores divided by sqrt(d)
     root = e.primitive in _ROOTS and bool(e.outputs[0].aval.shape)
-    return Fact(data, both.derived, _nonneg(e, inputs), names, both.root or root)
-
-
-def _nonneg(e: Equation, inputs: list[Fact]) -> bool:
-    prim = e.primitive
-    if prim in _NONNEG or e.outputs and e.outputs[0].aval.dtype == bool:
-        return True
-    if prim is p.max_p:
-        return any(f.nonneg for f in inputs)
-    if prim is p.clamp_p:  # clamp(low, x, high)
-        return inputs[0].nonneg and inputs[2].nonneg
-    if prim is p.integer_pow_p and e.params["y"] % 2 == 0:
-        return True
-    if prim is p.mul_p and e.inputs[0] is e.inputs[1]:
-        return True
-    if prim is p.select_n_p:
-        return all(f.nonneg for f in inputs[1:])
-    if prim in _INDEXED:
-        return inputs[0].nonneg and prim is p.dynamic_slice_p
-    return prim in _KEEPS_SIGN and all(f.nonneg for f in inputs)
+    return Fact(data, both.derived, low, high, marked, names, both.root or root)
 
 
 def _scan(e: Equation, inputs: list[Fact], facts: Facts) -> list[Fact]:
@@ -171,7 +157,12 @@ def _scan(e: Equation, inputs: list[Fact], facts: Facts) -> list[Fact]:
         grown = [join(pair) for pair in zip(carry, outputs[:carries], strict=True)]
         if grown == carry:
             return outputs
-        carry = grown
+        carry = [_widened(old, new) for old, new in zip(carry, grown, strict=True)]
+
+
+def _widened(old: Fact, new: Fact) -> Fact:
+    low, high = ranges.widen((old.low, old.high), (new.low, new.high))
+    return new._replace(low=low, high=high)
 
 
 def _cond(e: Equation, inputs: list[Fact], facts: Facts) -> list[Fact]:

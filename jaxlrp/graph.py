@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import _compat
 from .facts import Facts, fact_of
 from .program import Atom, Block, Constant, Equation, Fact, Linear, Value, Wrapper
 
@@ -41,7 +42,9 @@ class Graph:
             for v in dict.fromkeys(e.values):
                 self.readers.setdefault(v, []).append(e)
             if not e.eqn.effects and all(self.producer.get(v) in self._literals for v in e.values):
-                self._literals.add(e)
+                # what differs between devices is none; a number that is handed to them is
+                if e.primitive is _compat.pvary_p or not any(_compat.varying(v.aval) for v in e.outputs):
+                    self._literals.add(e)
             for v in e.outputs:
                 self.producer[v] = e
         self._roots = {*block.inputs, *block.constants}
@@ -92,7 +95,8 @@ class Graph:
         with jax.ensure_compile_time_eval():
             for e in reversed(steps):
                 values = [a.value if isinstance(a, Constant) else env[a] for a in e.inputs]
-                env.update(zip(e.outputs, e.evaluate(*values), strict=True))
+                results = values if e.primitive is _compat.pvary_p else e.evaluate(*values)
+                env.update(zip(e.outputs, results, strict=True))
         return np.asarray(env[value])
 
     def free(self, e: Equation) -> bool:

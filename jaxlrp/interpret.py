@@ -11,19 +11,21 @@ iteration. A mask multiplies the relevance that arrives at an Op's output. Both 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from . import _compat
 from .errors import InputError
-from .program import Atom, Body, Constant, Equation, Group, Loop, Op, Step
-from .rules import Layer, Rule
+from .program import Atom, Body, Constant, Equation, Group, Loop, Op, Step, Value
+from .rules import Layer, Rule, summed
 from .tokens import Token, evaluate, plain, tokenise
 
 Env = dict[Atom, Any]
@@ -47,10 +49,13 @@ class Settings:
 
 
 class Interpreter:
-    """Runs one body with any settings, as often as wanted. An Op without a rule keeps JAX's own derivative."""
+    """Runs one body with any settings, as often as wanted. An Op without a rule keeps JAX's own derivative.
 
-    def __init__(self, body: Body, report: Report | None = None):
-        self.body = body
+    total: under `shard_map` all devices' reports are added up in one probe, instead of one probe for each device.
+    """
+
+    def __init__(self, body: Body, report: Report | None = None, total: bool = False):
+        self.body, self._total = body, total
         self._index: dict[Op | Loop, int] = {op: i for i, op in enumerate(body.ops())}
         self._index |= {loop: -1 - k for k, loop in enumerate(loops(body))}
         self._report = report
@@ -118,7 +123,7 @@ class Interpreter:
 
     def _within(self, body: Body) -> list[int]:
         """The positions of the Ops and loops in a body."""
-        return [self._index[s] for s in lead(body)]
+        return [self._index[s] for s in around(body)]
 
     def _loop(self, loop: Loop, settings: Settings, inputs: list[Any]) -> Sequence[Any]:
         e, ends = loop.equation, settings.probes.get(self._index[loop])
@@ -128,8 +133,10 @@ class Interpreter:
                 outputs = self._run_body(loop.bodies[k], settings, list(map(tokenise, xs, loop.tokens[k])))
                 return tuple(map(tokenise, self._end(loop, k, ends, outputs), loop.makes_tokens))
 
-            branches = [functools.partial(branch, k) for k in range(len(loop.bodies))]
+            branches = [partial(branch, k) for k in range(len(loop.bodies))]
             return lax.switch(plain(inputs[0]), branches, *inputs[1:])
+        if e.primitive is _compat.shard_map_p:
+            return self._shard(loop, settings, list(map(tokenise, inputs, loop.tokens[0])))
         consts, carries = _compat.scan_arity(e.params)
         (body,), (tokens,) = loop.bodies, loop.tokens
         inputs = list(map(tokenise, inputs, tokens))
@@ -155,6 +162,45 @@ class Interpreter:
         )
         return (*carry, *ys)
 
+    def _shard(self, loop: Loop, settings: Settings, inputs: list[Any]) -> Sequence[Any]:
+        """A `shard_map` again around its body. Rules are the same on all devices; so are masks without their axes."""
+        e, (body,) = loop.equation, loop.bodies
+        axes = {self._index[s]: tuple(device_counts(loop, s)) for s in around(body)}
+        ranks = {self._index[op]: len(op.out_shape) for op in body.ops()}
+        own = settings.of(list(axes))
+        probes = {i: P() if self._total else P(*axes[i]) for i in own.probes}
+        masks = {i: P(*axes[i]) if jnp.ndim(m) > ranks[i] else P() for i, m in own.masks.items()}
+
+        def call(own: Settings, *xs: Any) -> tuple[Any, ...]:
+            here = [jax.tree.map(_own, d, specs) for d, specs in ((own.probes, probes), (own.masks, masks))]
+            return tuple(map(tokenise, self._run_body(body, Settings(own.rules, *here), xs), loop.makes_tokens))
+
+        specs: Any = Settings(P(), probes, masks)  # type: ignore[arg-type]
+        mesh, check_vma = e.params["mesh"], e.params["check_vma"]
+        for op in body.ops():
+            rule = own.rules.get(self._index[op])
+            if rule is not None and not (rule.linear or check_vma):
+                raise InputError(
+                    f"{type(rule).__name__} at {op.name} ({op.source}): with check_vma=False a device may hold a part "
+                    f"of the relevance, whose sign says nothing; write shard_map(..., check_vma=True)"
+                )
+        if AxisType.Explicit in mesh.axis_types:  # where an array lies is part of its type, and must be as mapped
+            own = jax.reshard(own, jax.tree.map(partial(NamedSharding, mesh), specs))
+        mapped = jax.shard_map(
+            call,
+            mesh=mesh,
+            in_specs=(specs, *e.params["in_specs"]),
+            out_specs=e.params["out_specs"],
+            axis_names=e.params["newly_manual_axes"],
+            check_vma=check_vma,
+        )
+        return mapped(own, *inputs)
+
+
+def _own(array: Any, spec: P) -> Any:
+    """A device's part of an array that has the devices as leading axes."""
+    return jnp.reshape(array, jnp.shape(array)[len(spec) :]) if len(spec) else array
+
 
 @jax.custom_vjp
 def _ending(value: jax.Array, probe: jax.Array) -> jax.Array:
@@ -162,32 +208,58 @@ def _ending(value: jax.Array, probe: jax.Array) -> jax.Array:
     return value
 
 
-_ending.defvjp(lambda value, probe: (value, None), lambda _, r: (None, r.sum().astype(jnp.float32)))
+def _ended(_: None, r: jax.Array) -> tuple[None, jax.Array]:
+    return None, _compat.over_devices(summed(r).astype(jnp.float32))
+
+
+_ending.defvjp(lambda value, probe: (value, None), _ended)
 
 
 def loops(body: Body) -> list[Loop]:
     """Every loop, those inside loops included, in program order."""
-    return [s for s in lead(body) if isinstance(s, Loop)]
+    return [s for s in around(body) if isinstance(s, Loop)]
 
 
-def lead(body: Body) -> dict[Op | Loop, tuple[int, ...]]:
-    """The lengths of the scans around each Op and loop: the leading axes of its probe."""
-    found: dict[Op | Loop, tuple[int, ...]] = {}
+def around(body: Body) -> dict[Op | Loop, tuple[Loop, ...]]:
+    """The loops around each Op and loop, outermost first."""
+    found: dict[Op | Loop, tuple[Loop, ...]] = {}
 
-    def walk(steps: Sequence[Step], around: tuple[int, ...]) -> None:
+    def walk(steps: Sequence[Step], outer: tuple[Loop, ...]) -> None:
         for s in steps:
-            if isinstance(s, Op):
-                found[s] = around
-            elif isinstance(s, Group):
-                walk(s.steps, around)
+            if isinstance(s, (Op, Loop)):
+                found[s] = outer
+            if isinstance(s, Group):
+                walk(s.steps, outer)
             elif isinstance(s, Loop):
-                found[s] = around
-                scanned = s.equation.primitive is p.scan_p
                 for b in s.bodies:
-                    walk(b.steps, (*around, s.equation.params["length"]) if scanned else around)
+                    walk(b.steps, (*outer, s))
 
     walk(body.steps, ())
     return found
+
+
+def lead(body: Body, total: bool = False) -> dict[Op | Loop, tuple[int, ...]]:
+    """The leading axes of the probe of each Op and loop: the lengths of the scans around it, the numbers of devices.
+
+    total: as in `Interpreter`, so that there is no axis for devices.
+    """
+
+    def sizes(step: Op | Loop, loop: Loop) -> list[int]:
+        if loop.equation.primitive is p.scan_p:
+            return [loop.equation.params["length"]]
+        return [] if total else [*device_counts(loop, step).values()]
+
+    return {s: tuple(n for loop in outer for n in sizes(s, loop)) for s, outer in around(body).items()}
+
+
+def device_counts(loop: Loop, step: Op | Loop) -> dict[Any, int]:
+    """The mesh axes along which an Op's output differs in a shard_map, and their sizes; all where types do not tell."""
+    params = loop.equation.params
+    if loop.equation.primitive is not _compat.shard_map_p or not isinstance(step, Op):
+        return {}
+    own = params["newly_manual_axes"]
+    known = _compat.varying(step.output.aval) if params["check_vma"] else own
+    return {a: n for a, n in params["mesh"].shape.items() if a in own & known}
 
 
 def apply(
@@ -212,7 +284,7 @@ def apply(
     def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None, Any, None]:
         rule, (inputs, params, output), mask = saved
         layer = Layer(op, inputs and list(map(plain, inputs)), params, output, books=probed)
-        relevance = relevance.astype(layer.dtype)
+        relevance = layer._cast(relevance)
         if mask is not None:
             relevance = relevance * jnp.asarray(mask, layer.dtype)
         received = _checked(op, rule, rule.propagate(layer, relevance))
@@ -240,18 +312,22 @@ def _checked(op: Op, rule: Rule, received: Any) -> Sequence[jax.Array]:
 
 def _sent(received: jax.Array, value: Any) -> Any:
     """Relevance as the cotangent of an Op's input: at ids, of their carrier."""
+    received = _compat.alike(received, _compat.varying(value.aval))  # what devices send to what they share adds up
     if jnp.issubdtype(value.aval.dtype, jnp.inexact):
-        return received.astype(value.aval.dtype)
-    return Token(None, received.astype(float))
+        return jnp.asarray(received).astype(value.aval.dtype)
+    return Token(None, jnp.asarray(received).astype(float))
 
 
 _KEPT = ("inputs", "params", "output")
 
 
 def _evaluate(e: Equation, env: Env, stop: bool = False) -> None:
+    """stop: let no derivative through, not even to the equation: JAX has none of a maximum over devices."""
     values = [_read(env, a) for a in e.inputs]
+    if stop or e.primitive in (p.pmax_p, p.pmin_p):
+        values = [lax.stop_gradient(v) if isinstance(a, Value) else v for a, v in zip(e.inputs, values, strict=True)]
     outputs = evaluate(e, values) if any(isinstance(v, Token) for v in values) else e.evaluate(*values)
-    env.update(zip(e.outputs, map(lax.stop_gradient, outputs) if stop else outputs, strict=True))
+    env.update(zip(e.outputs, outputs, strict=True))
 
 
 def _read(env: Env, atom: Atom) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from jax.extend.core import primitives as p
 
 from .graph import Draft, Graph
-from .kinds import STRUCTURAL
+from .kinds import PSUMS, STRUCTURAL
 from .program import Constant, Equation, Value
 from .runs import parameter_step
 
@@ -24,7 +24,7 @@ _PRODUCTS = frozenset((p.mul_p, p.div_p))
 _POWERS = {p.sqrt_p: 0.5, p.rsqrt_p: -0.5, p.square_p: 2.0, p.abs_p: 1.0}
 ROOTS = frozenset((p.sqrt_p, p.rsqrt_p, p.pow_p))
 _GUARDS = STRUCTURAL | _SUMS | _RESHAPES | {p.max_p, p.min_p, p.clamp_p, p.stop_gradient_p}
-_OF_STATISTICS = _GUARDS | _PRODUCTS | ROOTS | {p.square_p, p.integer_pow_p, p.reduce_sum_p}
+_OF_STATISTICS = _GUARDS | _PRODUCTS | ROOTS | PSUMS | {p.square_p, p.integer_pow_p, p.reduce_sum_p}
 
 
 def claim_norms(graph: Graph) -> None:
@@ -104,7 +104,7 @@ def _degree(e: Equation, degrees: dict[Value, float]) -> float | None:
     if e.primitive is p.pow_p:
         exponent = e.inputs[1]
         return first * float(exponent.value) if isinstance(exponent, Constant) and exponent.aval.size == 1 else None
-    return max(known) if e.primitive in _GUARDS | {p.reduce_sum_p} else None
+    return max(known) if e.primitive in _GUARDS | PSUMS | {p.reduce_sum_p} else None
 
 
 def _is_linear(graph: Graph, e: Equation, linear: dict[Value, float]) -> bool:

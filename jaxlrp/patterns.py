@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import _compat
 from .assign import assign
 from .attribute import analyse, start
 from .composites import Composite
 from .errors import InputError
-from .interpret import Interpreter, Settings, lead
+from .interpret import Interpreter, Settings, around, lead
 from .program import Op
 from .rules import KERNEL, Layer, Rule, rule
 from .runs import kernel_axes
@@ -103,9 +104,15 @@ def _collect(
 ) -> dict[str, Row]:
     """The sums of one batch by layer, with the lengths of the scans around it as leading axes."""
     traced, body = analyse(fun, args, {}, argnums)
-    ops, lengths = list(body.ops()), lead(body)
+    ops, lengths, loops = list(body.ops()), lead(body), around(body)
     rules, _ = assign(ops, Composite([(kind("dense", "conv"), _Observe())]), on_unknown)
     watched: dict[int, Rule] = {i: r for i, r in enumerate(rules) if isinstance(r, _Observe)}
+    for op in (ops[i] for i in watched):
+        if any(loop.equation.primitive is _compat.shard_map_p for loop in loops[op]):
+            raise InputError(
+                f"{op.name} ({op.source}) is inside a shard_map, where each device sees a part of the data: fit the "
+                f"function without shard_map; its layers have the same names"
+            )
     positive = {op for op in ops if estimator == "two_component" or (estimator == "auto" and _activated(op, ops))}
     run = Interpreter(body, functools.partial(_report, positive))
 

@@ -56,6 +56,8 @@ class _Places:
         if e.primitive is p.cond_p:
             results = [self.forward(b, dict(zip(b.inputs, inputs[1:], strict=True))) for b in loop.bodies]
             return [_meet(pair) for pair in zip(*results, strict=True)]
+        if e.primitive is _compat.shard_map_p:
+            return self.forward(loop.bodies[0], dict(zip(loop.bodies[0].inputs, inputs, strict=True)))
         consts, carries = _compat.scan_arity(e.params)
         (body,) = loop.bodies
         while True:

@@ -13,7 +13,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core as jex
+
+from . import _compat
 
 
 class Value:
@@ -41,7 +44,8 @@ class Fact(NamedTuple):
 
     data: depends on an explained input through floating-point values, so relevance may arrive here.
     derived: depends on an explained input in any way (comparisons, `stop_gradient` and integers included).
-    nonneg: no element can be negative.
+    low, high: bounds of every element.
+    marked: the model calls it a gate, by `checkpoint_name(v, "gate")`, or it was computed from such values alone.
     names: key paths of the parameters it was computed from.
     root: a square root was taken on the way (how a BatchNorm's scale is told from any other).
     token: integers that stand for explained ids, so that relevance may arrive where they select something.
@@ -49,7 +53,9 @@ class Fact(NamedTuple):
 
     data: bool = False
     derived: bool = False
-    nonneg: bool = False
+    low: float = -np.inf
+    high: float = np.inf
+    marked: bool = False
     names: tuple[str, ...] = ()
     root: bool = False
     token: bool = False
@@ -58,6 +64,16 @@ class Fact(NamedTuple):
     def relevant(self) -> bool:
         """Whether relevance may arrive here."""
         return self.data or self.token
+
+    @property
+    def nonneg(self) -> bool:
+        """No element can be negative."""
+        return self.low >= 0
+
+    @property
+    def gate(self) -> bool:
+        """Every element lies between 0 and 1, to rounding: what it multiplies passes as much of itself."""
+        return self.low >= 0 and self.high <= 1 + 1e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,10 +110,15 @@ class Equation:
         )
         return single, list(slots.values())
 
+    def spread(self, inputs: Sequence[Any]) -> list[Any]:
+        """These inputs, in a shard_map as values that may differ between devices where the equation's own may."""
+        return [_compat.vary(x, _compat.varying(a.aval)) for x, a in zip(inputs, self.inputs, strict=True)]
+
     def evaluate(self, *inputs: Any) -> list[Any]:
         """The equation on these inputs: a one-equation jaxpr, so that name stacks and call conventions stay JAX's."""
         single, slots = self._single
-        return jax.core.eval_jaxpr(single, (), *(inputs[i] for i in slots))
+        values = self.spread(inputs)
+        return jax.core.eval_jaxpr(single, (), *(values[i] for i in slots))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,8 +182,9 @@ class Op:
 
     paths: key paths of the parameters it reads, the kernel's first. first: only structural steps or preprocessing lie
     between it and the explained input. depth, height: dense and conv Ops on the longest path before and after it.
-    kinds_after: kinds of the Ops that its output can reach. stopped: a parameter comes from the data, past something
-    that lets no relevance through (`stop_gradient`).
+    kinds_after: kinds of the Ops that its output can reach. nonneg, gates, activated: of each input, whether it is
+    known not to be negative, to be a gate, to come out of an activation. stopped: a parameter comes from the data, past
+    something that lets no relevance through (`stop_gradient`).
     """
 
     kind: str
@@ -175,6 +197,8 @@ class Op:
     paths: tuple[str, ...] = ()
     linear: Linear | None = None
     nonneg: tuple[bool, ...] = ()
+    gates: tuple[bool, ...] = ()
+    activated: tuple[bool, ...] = ()
     scope: str = ""
     name: str = ""
     first: bool = False
@@ -213,7 +237,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """A scan or cond that carries data, with its recognised bodies."""
+    """A scan, cond or shard_map that carries data, with its recognised bodies."""
 
     equation: Equation
     bodies: tuple[Body, ...]

@@ -1,9 +1,9 @@
 """Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
 
-Order of claims: embeddings, softmax, attention, norms, local response normalisation, activations, linear runs, trees
-of adds, runs of scales, and what nothing claims stays an Op of one equation. An Op computes all that it is made of
-(what is read elsewhere too is computed there as well), so replacing it by a `custom_vjp` whose forward pass is its own
-equations never changes the forward value.
+Order of claims: embeddings, softmax, attention, norms, local response normalisation, activations, linear runs,
+interleavings, trees of adds, runs of scales, and what nothing claims stays an Op of one equation. An Op computes all
+that it is made of (what is read elsewhere too is computed there as well), so replacing it by a `custom_vjp` whose
+forward pass is its own equations never changes the forward value.
 """
 
 from __future__ import annotations
@@ -15,21 +15,28 @@ from jax.extend.core import primitives as p
 from . import _compat
 from .activations import claim_activations
 from .attention import claim_attention
+from .errors import UnknownPrimitiveError
 from .facts import Facts
 from .graph import Draft, Graph
-from .kinds import kind_of
+from .kinds import STRUCTURAL, kind_of
 from .norms import claim_norms
 from .program import Block, Body, Equation, Group, Loop, Op, Step, Value, Wrapper, leaves
+from .ranges import interleaved
 from .response import claim_response
 from .runs import claim_linear, parameter_step
+from .single import classify, in_complex_numbers
 from .softmax import claim_softmax
 from .source import source_of
 from .tokens import embeds
+
+_PLAIN = frozenset((p.jit_p, p.remat_p, p.closed_call_p))  # JAX's own derivative goes through them
 
 
 def recognise(block: Block, facts: Facts) -> Body:
     """Groups the block's equations, and those of the loops in it, into Ops."""
     graph = Graph(block, facts)
+    _check_references(graph)
+    _claim_complex(graph)
     _claim_embeddings(graph)
     claim_softmax(graph)
     claim_attention(graph)
@@ -37,6 +44,7 @@ def recognise(block: Block, facts: Facts) -> Body:
     claim_response(graph)
     claim_activations(graph)
     claim_linear(graph)
+    _claim_interleavings(graph)
     _claim_adds(graph)
     _claim_scales(graph)
     for e in graph.equations:
@@ -60,6 +68,32 @@ def _claim_embeddings(graph: Graph) -> None:
         known = len(ids) == 1 and (e.primitive is not p.gather_p or ids[0].aval.shape[-1] == 1)
         kind = "embedding" if known else "unknown"
         graph.claim(Draft(kind, "embedding", [e], e.outputs[0], e, shared=joined))
+
+
+def _claim_interleavings(graph: Graph) -> None:
+    """Two values that a sum puts into each other's gaps: they are moved, not added."""
+    for e in graph.equations:
+        pads = interleaved(e, graph.producer)
+        region = [*pads, e]
+        if pads and len(graph.data(e)) == 2 and graph.sealed(region, e.outputs[0]):
+            graph.claim(Draft("structural", "interleave", region, e.outputs[0], e))
+
+
+def _check_references(graph: Graph) -> None:
+    """Raises UnknownPrimitiveError for a mutable array: what is written to it is no flow of data that can be seen."""
+    for e in graph.equations:
+        if any(isinstance(f, _compat.REFERENCE) for f in e.eqn.effects):
+            raise UnknownPrimitiveError(
+                f"the primitive {str(e.primitive)!r} ({_source(graph, e)}) makes, reads or writes a mutable array "
+                f"(jax.Ref), through which relevance cannot be followed; write x = x.at[...].set(...)"
+            )
+
+
+def _claim_complex(graph: Graph) -> None:
+    """Each equation in complex numbers is an Op of its own, but for those that only move them."""
+    for e in graph.equations:
+        if graph.carries(e) and not e.bodies and in_complex_numbers(graph, e):
+            _claim_single(graph, e)
 
 
 def _claim_adds(graph: Graph) -> None:
@@ -100,27 +134,9 @@ def _claim_scales(graph: Graph) -> None:
 def _claim_single(graph: Graph, e: Equation) -> None:
     if not graph.data(e) or not e.outputs:  # what has no output (a debug print) is run as it stands
         return
-    kind, label, several = kind_of(e.primitive), str(e.primitive), len(graph.data(e)) > 1
-    equations = [e]
-    if not graph.carries(e):
-        kind = "blocked"
-    elif kind in ("dense", "conv"):
-        kind, label = "matmul", "matmul"  # two data operands, or a kernel that depends on the data
-    elif e.primitive in (p.max_p, p.min_p, p.clamp_p) and not several:
-        kind, label = "activation", "relu" if e.primitive is p.max_p else "clip"
-    elif e.primitive in (p.max_p, p.min_p):
-        label = "maximum" if e.primitive is p.max_p else "minimum"
-    elif e.primitive in (p.mul_p, p.div_p) and not several:
-        inverse = e.primitive is p.div_p and e.inputs[0] not in graph.data(e)
-        kind, label = ("activation", "reciprocal") if inverse else ("scale", "scale")
-    elif kind == "add" and not several:
-        kind = "scale"
-    elif kind == "activation" and several:
-        kind = "unknown"
-    elif kind == "max_pool":
-        label = "max_pool" if e.primitive is p.reduce_window_max_p else label
-    last = equations[-1].outputs[0]
-    graph.claim(Draft(kind, label, equations, last, equations[0]))
+    kind, label = classify(graph, e)
+    output = next((v for v in e.outputs if graph.fact(v).data), e.outputs[0])
+    graph.claim(Draft(kind, label, [e], output, e))
 
 
 def _absorb(graph: Graph) -> None:
@@ -171,9 +187,8 @@ def _lower(graph: Graph, nodes: Sequence[Equation], done: dict[Draft, list[Equat
 
 
 def _closes(node: Equation) -> bool:
-    """Whether nothing in a wrapper has a derivative of the user's making, which relevance must not follow."""
-    custom = node.primitive in (p.custom_jvp_call_p, p.custom_vjp_call_p)
-    return not custom and (not isinstance(node, Wrapper) or all(map(_closes, node.children)))
+    """Whether no wrapper has a derivative of the user's making, which relevance must not follow."""
+    return not isinstance(node, Wrapper) or (node.primitive in _PLAIN and all(map(_closes, node.children)))
 
 
 def _constant_carries(graph: Graph, e: Equation) -> tuple[int, ...]:
@@ -218,6 +233,24 @@ def _source(graph: Graph, e: Equation) -> str:
     return next((s for s in (source_of(x.eqn) for x in (e, *around)) if s), "")
 
 
+def _gates(graph: Graph, inputs: Sequence[Value]) -> tuple[bool, ...]:
+    """Which of these are gates: those that the model marks or, where it marks none, those in [0, 1] or of a softmax."""
+    marked = tuple(graph.fact(v).marked for v in inputs)
+    return marked if any(marked) else tuple(graph.fact(v).gate or _made_by(graph, v, "softmax") for v in inputs)
+
+
+def _made_by(graph: Graph, value: Value, label: str) -> bool:
+    """Whether `value` is the output of a layer of this kind or label, moved or not."""
+    while (e := graph.producer.get(value)) is not None:
+        draft = graph.claims.get(e)
+        if draft is not None and draft.kind != "structural":
+            return label in (draft.kind, draft.label) and value is draft.output and draft.label != "log_softmax"
+        if e.primitive not in STRUCTURAL or len(graph.data(e)) != 1 or len(graph.derived(e)) != 1:
+            return False
+        (value,) = graph.data(e)
+    return False
+
+
 def _op(graph: Graph, draft: Draft, nodes: Sequence[Equation]) -> Op:
     steps = (*draft.shared, *nodes)
     made = {v for e in leaves(steps) for v in e.outputs}
@@ -239,6 +272,8 @@ def _op(graph: Graph, draft: Draft, nodes: Sequence[Equation]) -> Op:
         paths=tuple(paths),
         linear=draft.linear,
         nonneg=tuple(graph.fact(v).nonneg for v in inputs),
+        gates=_gates(graph, inputs),
+        activated=tuple(_made_by(graph, v, "activation") for v in inputs),
         scope=str(draft.main.eqn.source_info.name_stack),
         stopped=any(graph.fact(v).derived for v in params),
     )

@@ -1,8 +1,9 @@
 """Linear runs: a convolution or dense layer with its bias, BatchNorm, reshapes and preprocessing is one Op.
 
-From each linear core the run goes forward along values read once, over reshapes and over sums and products with
-parameters (a BatchNorm in inference mode is four of these), then backward over what nothing else claimed. A factor
-joins a convolution only where it varies along the kernel's own output axes: then it folds into the kernel.
+From each linear core the run goes forward along values read once, over reshapes, over sums and products with
+parameters (a BatchNorm in inference mode is four of these), and over the sum of what the devices of a `shard_map` have
+each computed from their part of the inputs; then backward over what nothing else claimed. A factor joins a convolution
+only where it varies along the kernel's own output axes: then it folds into the kernel.
 """
 
 from __future__ import annotations
@@ -11,32 +12,49 @@ import dataclasses
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives as p
 
+from . import _compat
 from .graph import Draft, Graph
-from .kinds import ELEMENTWISE, kind_of
+from .kinds import ELEMENTWISE, PSUMS, kind_of
 from .program import Atom, Constant, Equation, Linear, Value
+from .single import data_slots, linear_in
 
 Axes = dict[int, int]  # axis of a value -> axis of the kernel
 
 _SAME_SHAPE = frozenset((
-    p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.name_p,
+    p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.name_p, _compat.pvary_p,
 ))  # fmt: skip
+_OVER_DEVICES = PSUMS | {_compat.reduce_scatter_p}
 _MOVES = _SAME_SHAPE | {p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p}
 _SHIFTS = frozenset((p.add_p, p.sub_p))
 _FACTORS = frozenset((p.mul_p, p.div_p, p.neg_p))
 _CORES = ("dense", "conv", "avg_pool", "reduce")
+# what lax.ragged_dot asks for: the rows of the first operand come in groups, each with a matrix of its own
+_ROWS = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
 
 
 def claim_linear(graph: Graph) -> None:
     drafts = []
     for e in graph.equations:
         kind = kind_of(e.primitive)
-        if kind in _CORES and graph.free(e) and graph.carries(e) and len(graph.data(e)) == len(graph.derived(e)) == 1:
+        if kind in _CORES and graph.free(e) and graph.carries(e) and _is_core(graph, e):
             drafts.append(_forward(graph, e, "resize" if _interpolates(graph, e) else kind))
     for draft in drafts:
         if draft.linear is not None:
             _backward(graph, draft, draft.linear)
+
+
+def _is_core(graph: Graph, e: Equation) -> bool:
+    """Whether `e` is linear in one value of the data, and nothing else about it but the sizes of groups is derived."""
+    if e.primitive is _compat.RAGGED_DOT:
+        return (
+            len(graph.data(e)) == 1
+            and kernel_axes(e, graph.data(e)[0]) is not None
+            and not any(graph.fact(a).derived for a in e.inputs[:2] if a is not graph.data(e)[0])
+        )
+    return len(graph.data(e)) == len(graph.derived(e)) == 1 and linear_in(e, data_slots(graph, e))
 
 
 def parameter_step(graph: Graph, e: Equation) -> Atom | None:
@@ -77,7 +95,7 @@ def _forward(graph: Graph, core: Equation, kind: str) -> Draft:
             break
         if kind == "resize" and kind_of(e.primitive) == "dense" and _interpolates(graph, e):
             pass
-        elif e.primitive in _MOVES:
+        elif e.primitive in _MOVES | _OVER_DEVICES:
             moved = _move(axes or {}, e)
             # a pool keeps its shape: the reshape after it belongs to the dense layer that it prepares
             if moved is None or (axes is None and _long(e.inputs[0]) != _long(e.outputs[0])):
@@ -140,6 +158,9 @@ def _zero_pad(graph: Graph, e: Equation) -> bool:
 
 def kernel_axes(core: Equation, data: Atom) -> Axes | None:
     """Which axes of the core's output are output axes of its kernel; None for a core without a kernel."""
+    if core.primitive is _compat.RAGGED_DOT:  # (m, k) x (groups, k, n) -> (m, n)
+        rows = core.inputs[0] is data and core.params["ragged_dot_dimension_numbers"] == _ROWS
+        return {1: 2} if rows and core.params["group_offset"] is None else None
     if core.primitive is p.conv_general_dilated_p:
         numbers = core.params["dimension_numbers"]
         return {numbers.out_spec[1]: numbers.rhs_spec[0]} if core.inputs[0] is data else {}
@@ -157,8 +178,11 @@ def kernel_axes(core: Equation, data: Atom) -> Axes | None:
 def _move(axes: Axes, e: Equation) -> Axes | None:
     """Where the axes lie after a reshape or transpose; None where the value is repeated."""
     prim, old, new = e.primitive, e.inputs[0].aval.shape, e.outputs[0].aval.shape
-    if prim in _SAME_SHAPE:
+    if prim in _SAME_SHAPE | PSUMS:
         return axes
+    if prim is _compat.reduce_scatter_p:  # of the axis that is scattered each device has its own part, or it is gone
+        scattered, gone = e.params["scatter_dimension"], not e.params["tiled"]
+        return {i - (gone and i > scattered): axis for i, axis in axes.items() if i != scattered}
     if prim is p.transpose_p:
         return {i: axes[j] for i, j in enumerate(e.params["permutation"]) if j in axes}
     if prim is p.squeeze_p:

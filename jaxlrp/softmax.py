@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from .graph import Draft, Graph, small
-from .kinds import STRUCTURAL
+from .kinds import PSUMS, STRUCTURAL
 from .program import Equation, Value
 
 _MOVES = STRUCTURAL | {p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.stop_gradient_p}
-_GUARDS = frozenset((p.add_p, p.max_p, p.abs_p))
+_GUARDS = PSUMS | {p.add_p, p.max_p, p.abs_p, p.pmax_p}  # over devices, sums and maxima go on
 _LABELS = {p.div_p: "softmax", p.sub_p: "log_softmax", p.add_p: "logsumexp"}
 
 
@@ -53,7 +53,7 @@ def _entry(graph: Graph, e: Equation) -> Value | None:
         return _common(_unshifted(graph, above), _unshifted(graph, below))
     for v in _back(graph, right, guards=True):
         last = graph.producer.get(v)
-        if last is None:
+        if last is None or not last.values:  # the logarithm of a number
             continue
         if last.primitive is p.log_p:
             argument = _summed(graph, last.values[0])
@@ -100,7 +100,7 @@ def _argument(graph: Graph, v: Value, primitive: object) -> Value | None:
     """What the primitive was applied to, if `v` is its result, moved and guarded."""
     for u in _back(graph, v, guards=True):
         e = graph.producer.get(u)
-        if e is not None and e.primitive is primitive:
+        if e is not None and e.primitive is primitive and e.values:
             return e.values[0]
     return None
 

@@ -7,8 +7,11 @@ import sys
 import sysconfig
 from typing import Any
 
+import jax
+
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _SITES = [sysconfig.get_path(k) for k in ("purelib", "platlib")]
+_SITES.append(os.path.dirname(os.path.dirname(os.path.abspath(jax.__file__))))  # installed elsewhere: --user, --target
 _LIBRARIES = tuple(
     os.path.join(site, name) + os.sep
     for site in dict.fromkeys(_SITES)

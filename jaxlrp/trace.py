@@ -179,7 +179,7 @@ def _open(
             nodes += children
             continue
         if eqn.primitive in WRAPPERS:
-            inner = _compat.closed(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
+            inner = _compat.closed(next(eqn.params[name] for name in _compat.BODIES if name in eqn.params))
             key = object()
             children, results = _open(inner, operands, constants, (*scopes, key))
             # a wrapper's results are the very values of its body, so that data flow sees through it
@@ -202,6 +202,6 @@ def _known(atom: Atom, constants: dict[Value, Any]) -> Any:
 def _bodies(eqn: Any) -> tuple[Block, ...]:
     if eqn.primitive not in LOOPS:
         return ()
-    if eqn.primitive is p.scan_p:
-        return (_open_block(eqn.params["jaxpr"]),)
-    return tuple(_open_block(b) for b in eqn.params["branches"])
+    if eqn.primitive is p.cond_p:
+        return tuple(_open_block(b) for b in eqn.params["branches"])
+    return (_open_block(eqn.params["jaxpr"]),)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
 
 from jaxlrp import Composite, rules, select, value_and_lrp
 
@@ -56,6 +58,16 @@ def randomise(tree, seed: int = 0):
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(structure, [jnp.asarray(rng.uniform(0.3, 0.9, v.shape), v.dtype) - 0.4 * (v.ndim > 1)
                                           for v in leaves])  # fmt: skip
+
+
+def primitive(name: str, fun):
+    """A primitive of the user's own, of one operand: what `fun`, which keeps its shape, computes; its derivative."""
+    new = Primitive(f"test_{name}")
+    new.def_impl(fun)
+    new.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(new, mlir.lower_fun(fun, multiple_results=False))
+    ad.primitive_jvps[new] = lambda x, t: jax.jvp(fun, x, t)
+    return new
 
 
 def close(got, right, tolerance: float = 1e-12) -> None:

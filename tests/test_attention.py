@@ -278,7 +278,8 @@ def gradient_x_input(params, x, gated, constant):
     return x * jax.grad(lambda x: model(x)[:, 1].sum())(x)
 
 
-@pytest.mark.parametrize(("preset", "gated"), [("attnlrp", False), ("attnlrp", True), ("cp_lrp", False)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("preset", ["attnlrp", "cp_lrp"])
 def test_a_block_is_gradient_x_input_of_the_detached_model(preset, gated):
     x, model = jnp.asarray(draw(11, 2, 5, 6)), Block(gated)
     params = parameters(model, x)

@@ -159,8 +159,8 @@ def test_base():
         h = h * (x @ w["b"])
         h = h.reshape(2, 2, 2).transpose(0, 2, 1).reshape(2, 4) + w["shift"]
         h = jnp.maximum(h, x)
-        scores = jax.nn.softmax(h @ h.T)
-        return scores @ h + h
+        h = jax.nn.softmax(h @ h.T) @ h + h
+        return jax.nn.softmax(h @ h.T)
 
     w = {"a": np.ones((4, 4)), "b": np.ones((4, 4)), "shift": np.ones(4)}
     got = [(row.kind, row.rule, row.base) for row in plan(function, composites.epsilon())(np.ones((2, 4)), w)]
@@ -172,10 +172,10 @@ def test_base():
         ("product", Uniform(), True),
         ("scale", N, True),
         ("max_pool", Winner(), True),
+        ("attention", rules.Attention(), True),
+        ("add", N, True),
         ("matmul", UniformEpsilon(1e-9), True),
         ("softmax", SoftmaxTaylor(), True),
-        ("matmul", UniformEpsilon(1e-9), True),
-        ("add", N, True),
     ]
     assert all(row == ("structural", Pass(), True) for row in got if row[0] == "structural")
 
@@ -324,7 +324,7 @@ def test_structure_tells_selectors_and_rules_apart():
 
 ONE_OF_EACH = [
     AlphaBeta(), Epsilon(), Flat(), rules.Gamma(), GeneralizedGamma(), Pass(), SoftmaxTaylor(), Uniform(),
-    UniformEpsilon(), WSquare(), Winner(), ZBox(-1.0, 1.0), ZPlus(), rules.Zero(),
+    UniformEpsilon(), rules.SignalTakesAll(), WSquare(), Winner(), ZBox(-1.0, 1.0), ZPlus(), rules.Zero(),
 ]  # fmt: skip
 
 

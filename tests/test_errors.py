@@ -18,7 +18,8 @@ import pytest
 from flax import linen, nnx
 from jax import lax
 from jax.extend.core import primitives
-from jax.scipy.special import gammainc
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxlrp
 import nets
@@ -44,6 +45,7 @@ from nets import close, draw, linear, quick_compilation  # noqa: F401
 
 EPSILON, ZERO = composites.epsilon(), linear(rules.Zero())
 X, W, IMAGE, KERNEL = draw(1, 3, 4), draw(2, 4, 3), draw(3, 2, 2, 4, 4), draw(4, 2, 2, 3, 3)
+SQUARE = draw(6, 4, 4)
 PARAMETERS, HEAD = nets.mlp_parameters(4, 6, 3), {"head": {"kernel": W}}
 MLP = partial(nets.mlp, PARAMETERS)
 
@@ -64,26 +66,37 @@ def convolution(x):
     return lax.reduce_window(x, -np.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")  # the pool line
 
 
-def sorting(x):
+turn_p = nets.primitive("turn", lambda x: x[:, ::-1])
+bend_p = nets.primitive("bend", jnp.sin)
+mix_p = nets.primitive("mix", lambda x: x @ SQUARE)
+
+
+def turning(x):
     y = jax.nn.relu(x @ W)
-    return lax.sort(y) @ W.T  # the sort line
+    return turn_p.bind(y) @ W.T  # the turn line
 
 
-def sorting_in_loop(x):
-    step = jax.jit(lambda x, _: (lax.sort(x), None))  # the inner sort line
+def turning_in_loop(x):
+    step = jax.jit(lambda x, _: (turn_p.bind(x), None))  # the inner turn line
     return lax.scan(step, x, None, length=2)[0]
 
 
-def sorting_by_numpy(x):
-    return jnp.sort(x) @ W  # the jnp.sort line
+def bending(x):
+    return bend_p.bind(jax.nn.relu(x @ W) + 1.0)  # the bend line
 
 
-def scattering(x):
-    return x.at[:, 1].add(1.0) @ W  # the scatter line
+def decomposing(x):
+    return jnp.linalg.svd(x @ W)[1]  # the svd line
 
 
-def special(x):
-    return gammainc(2.0, jax.nn.relu(x @ W) + 1.0)  # the gammainc line
+def referring(x):
+    sums = jax.new_ref(x)  # the reference line
+    sums[...] += x
+    return sums[...] @ W
+
+
+def complex_exponential(x):
+    return jnp.exp(1j * x).real  # the exp line
 
 
 def until_large(x):
@@ -92,6 +105,15 @@ def until_large(x):
 
 def activation(x):
     return jnp.tanh(x @ W)  # the tanh line
+
+
+def summing(x):
+    return lax.psum(x @ W, "d")  # the psum line
+
+
+def on_devices(f, check_vma=True):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=check_vma)
 
 
 def at(marker: str) -> str:
@@ -210,7 +232,7 @@ case(InputError, lambda: logits(lambda x: lax.map(jax.nn.softmax, x))(X), "ends 
 case(InputError, lambda: run(dense, argnums=np.int64(0)), "argnums= .. int64 .. an integer or a tuple")
 SPLIT = lambda x: sum(jnp.split(jax.nn.relu(x @ W), [1, 2], -1)[1:2])
 case(InputError, lambda: run(SPLIT, masks={"split": 1.0}), "masks: 'split' has no one output .. layers that read it")
-case(UnknownPrimitiveError, lambda: run(lambda x: lax.atan2(x, x + 1)), "'atan2' .. combines 2 values .. on_unknown")
+case(UnknownPrimitiveError, lambda: run(lambda x: lax.atan2(x, x[::-1])), "'atan2' .. combines 2 values .. on_unknown")
 case(InputError, lambda: gradients.simple_taylor(dense, root="zero"), "root='zero' .. write \"gradient\"")
 case(InputError, lambda: gradients.simple_taylor(dense, reach=0.0), "reach=0.0 .. positive")
 case(InputError, lambda: gradients.simple_taylor(dense, root=np.ones(3))(X), "reference has shapes .. (3,) .. (3, 4)")
@@ -267,6 +289,7 @@ case(InputError, lambda: Composite([rules.Epsilon()]), "pair (selector, rule) ..
 case(InputError, lambda: row(select.kind("dense"), rules.ZPlus), "ZPlus is a class; write ZPlus()")
 case(InputError, lambda: row(select.kind("dense"), "epsilon"), "'epsilon' is no rule .. rules.Epsilon(")
 case(SelectorError, lambda: row("dense", rules.ZPlus()), "'dense' is no selector .. select.kind(")
+case(InputError, lambda: composites.attnlrp(norm="passed"), "attnlrp(norm='passed') .. \"identity\"")
 case(InputError, lambda: composites.deep_taylor("positive"), "'positive' .. \"nonnegative\"")
 case(InputError, lambda: composites.deep_taylor(low=0.0), "both bounds .. low=0.0, high=None")
 
@@ -301,16 +324,20 @@ case(InputError, lambda: run(dense, linear(rules.ZBox(0.0, np.ones((1, 3, 4)))))
 
 # primitives without a kind
 for function, name, marker in (
-    (sorting, "sort", "sort"),
-    (sorting_in_loop, "sort", "inner sort"),
-    (sorting_by_numpy, "sort", "jnp.sort"),
-    (scattering, "scatter_add", "scatter"),
-    (special, "igamma", "gammainc"),
+    (turning, "turn", "turn"),
+    (turning_in_loop, "turn", "inner turn"),
+    (bending, "bend", "bend"),
 ):
-    way_out = f'kinds.register({name}_p, "activation") .. "structural" .. on_unknown="gradient"'
+    way_out = f'kinds.register(test_{name}_p, "activation") .. "structural" .. on_unknown="gradient"'
     case(UnknownPrimitiveError, partial(run, function), f"{at(marker)} .. {way_out}")
-    assert hasattr(primitives, f"{name}_p")  # so that the line can be written
 case(UnknownPrimitiveError, lambda: run(until_large), f"while .. {at('while')[:-1]} .. lax.fori_loop .. lax.scan")
+case(UnknownPrimitiveError, lambda: run(decomposing), f"'svd' ({at('svd')} .. decomposition .. on_unknown=\"gradient\"")
+case(UnknownPrimitiveError, lambda: run(referring), f"'new_ref' ({at('reference')} .. (jax.Ref) .. x.at[...].set(...)")
+case(
+    UnknownPrimitiveError,
+    lambda: run(complex_exponential),
+    f"'exp' ({at('exp')} .. complex numbers .. .real and .imag .. on_unknown=\"gradient\"",
+)
 
 # selectors
 case(SelectorError, lambda: select.kind("dense", "fc"), "'fc' .. dense, conv, scale")
@@ -333,6 +360,24 @@ case(SelectorError, lambda: run(MLP, masks={"tail": 1.0}), "no layer 'tail' .. d
 case(InputError, lambda: run(MLP, masks={"relu": np.ones(5)}), "masks['relu'] .. (5,) .. (3, 6)")
 case(InputError, lambda: run(MLP, masks={"relu": np.ones((1, 3, 6))}), "masks['relu'] .. (1, 3, 6) .. (3, 6)")
 
+# devices
+case(
+    InputError,
+    lambda: on_devices(lrp(summing, EPSILON), False)(X),
+    f"psum over d ({at('psum')[:-1]} .. lrp(shard_map(f))",
+)
+case(InputError, lambda: jax.vmap(lrp(summing, EPSILON), axis_name="d")(IMAGE[0]), "psum over d .. (or vmap for")
+case(
+    InputError,
+    lambda: run(on_devices(MLP, False), composites.guided_backprop()),
+    "GuidedBackprop at relu .. check_vma=False .. write shard_map(..., check_vma=True)",
+)
+case(
+    InputError, lambda: run(on_devices(MLP), masks={"relu": np.ones((2, 3, 6))}), "(2, 3, 6) .. (3, 6) .. (1,) devices"
+)
+case(InputError, lambda: patterns.fit(on_devices(MLP), [X]), "dense[0] .. inside a shard_map .. without shard_map")
+case(UnknownPrimitiveError, lambda: run(on_devices(until_large)), "while .. stands in a shard_map .. lax.fori_loop")
+
 # kinds and rules
 case(InputError, lambda: kinds.register(primitives.sort_p, "dense"), "sort .. 'dense' .. activation, structural")
 case(InputError, lambda: run(dense, linear(Scalar())), f"Scalar at dense[0] (dense, {at('dense')} .. (3, 4) .. a float")
@@ -345,13 +390,18 @@ case(
 for rule, field in (
     (rules.Epsilon, "epsilon"),
     (rules.UniformEpsilon, "epsilon"),
+    (rules.SignalTakesAll, "epsilon"),
     (rules.Gamma, "gamma"),
     (rules.GeneralizedGamma, "gamma"),
 ):
     for wrong in (-1e-3, np.float32(-1), jnp.asarray(-2.0), np.asarray([0.5, -0.5])):
-        case(InputError, partial(rule, wrong), f"{rule.__name__}({field}={wrong!r}) .. {field} must be at least 0")
+        case(
+            InputError,
+            partial(rule, **{field: wrong}),
+            f"{rule.__name__}({field}={wrong!r}) .. {field} must be at least 0",
+        )
     for wrong in (np.nan, True, np.inf):
-        case(InputError, partial(rule, wrong), f"{rule.__name__}({field}={wrong!r}) .. {field} must be")
+        case(InputError, partial(rule, **{field: wrong}), f"{rule.__name__}({field}={wrong!r}) .. {field} must be")
 case(InputError, lambda: composites.epsilon(-1.0), "Epsilon(epsilon=-1.0) .. at least 0")
 case(InputError, lambda: rules.AlphaBeta(0.0, -1.0), "AlphaBeta(beta=-1.0) .. at least 0")
 for wrong in ((2.0, 2.0), (1, 1), (np.float32(3), 1.0), (jnp.asarray(2.0), 0.5)):
@@ -361,6 +411,7 @@ for wrong in ((2.0, 2.0), (1, 1), (np.float32(3), 1.0), (jnp.asarray(2.0), 0.5))
         f"(alpha={wrong[0]!r}, beta={wrong[1]!r}) .. alpha - beta must be 1 .. AlphaBeta.from_beta({wrong[1]!r})",
     )
 case(InputError, lambda: rules.FourQuadrant(1.0, 1.0, 0.0, 0.0), "FourQuadrant( .. sum 1")
+case(InputError, lambda: rules.SignalTakesAll("third"), "SignalTakesAll(signal='third') .. \"second\"")
 case(InputError, lambda: rules.ZPlus(bias="keep"), "ZPlus(bias='keep') .. \"absorb\"")
 case(InputError, lambda: rules.ZBox(1.0, 0.0), "ZBox(low=1.0, high=0.0) .. low must not exceed high")
 case(InputError, lambda: rules.ZBox(np.asarray([0.0, 2.0]), 1.0), "ZBox( .. low must not exceed high")
@@ -457,44 +508,42 @@ def registry(monkeypatch):
 
 
 def test_gradient_lets_the_unknown_through():
-    """Sorting moves values: on a piecewise linear network its derivative gives gradient x input."""
-    right = gradients.gradient_x_input(sorting)(X)
-    close(lrp(sorting, ZERO, on_unknown="gradient")(X), right, 1e-8)
-    value, relevance = value_and_lrp(sorting, ZERO, on_unknown="gradient")(X)
-    close((value, relevance), (sorting(X), right), 1e-8)
-    _, pull = jax.vjp(rewrite(sorting, ZERO, on_unknown="gradient"), X)
+    """What moves values has a derivative that gives, on a piecewise linear network, gradient x input."""
+    right = gradients.gradient_x_input(turning)(X)
+    close(lrp(turning, ZERO, on_unknown="gradient")(X), right, 1e-8)
+    value, relevance = value_and_lrp(turning, ZERO, on_unknown="gradient")(X)
+    close((value, relevance), (turning(X), right), 1e-8)
+    _, pull = jax.vjp(rewrite(turning, ZERO, on_unknown="gradient"), X)
     close(pull(value)[0], right, 1e-8)
-    (unknown,) = (row for row in plan(sorting, ZERO, on_unknown="gradient")(X) if row.kind == "unknown")
-    assert type(unknown.rule).__name__ == "Gradient" and at("sort") in unknown.source + " "
+    (unknown,) = (row for row in plan(turning, ZERO, on_unknown="gradient")(X) if row.kind == "unknown")
+    assert type(unknown.rule).__name__ == "Gradient" and at("turn") in unknown.source + " "
 
 
 def test_register_as_structural(registry):
-    kinds.register(primitives.sort_p, "structural")
-    close(lrp(sorting, ZERO)(X), gradients.gradient_x_input(sorting)(X), 1e-8)
+    kinds.register(turn_p, "structural")
+    close(lrp(turning, ZERO)(X), gradients.gradient_x_input(turning)(X), 1e-8)
 
 
 def test_register_as_activation(registry):
-    kinds.register(primitives.igamma_p, "activation")
+    kinds.register(bend_p, "activation")
     start = lambda y: y
-    plain = lrp(lambda x: jax.nn.relu(x @ W) + 1.0, ZERO, target=lambda y: special(X))
-    close(lrp(special, ZERO, target=start)(X), plain(X))
+    plain = lrp(lambda x: jax.nn.relu(x @ W) + 1.0, ZERO, target=lambda y: bending(X))
+    close(lrp(bending, ZERO, target=start)(X), plain(X))
 
 
 def test_register_as_linear(registry):
-    """A triangular solve, of which the right-hand side is data, is a matrix product."""
-    lower = jnp.tril(draw(5, 4, 4)) + 3 * jnp.eye(4)
-    f = lambda x: lax.linalg.triangular_solve(lower, x, lower=True)
-    with pytest.raises(UnknownPrimitiveError, match="triangular_solve"):
-        lrp(f, ZERO)(X)
-    kinds.register(primitives.triangular_solve_p, "reduce")
-    close(lrp(f, ZERO)(X), lrp(lambda x: x @ jnp.linalg.inv(lower), ZERO)(X), 1e-6)
+    with pytest.raises(UnknownPrimitiveError, match="test_mix"):
+        lrp(mix_p.bind, ZERO)(X)
+    kinds.register(mix_p, "reduce")
+    close(lrp(mix_p.bind, ZERO)(X), lrp(lambda x: x @ SQUARE, ZERO)(X), 1e-6)
 
 
 def test_register_as_blocked(registry):
-    kinds.register(primitives.sort_p, "blocked")
-    assert not np.any(lrp(lax.sort, ZERO)(X))
+    kinds.register(turn_p, "blocked")
+    assert not np.any(lrp(turn_p.bind, ZERO)(X))
     got, right = (
-        lrp(lambda x, stop=stop: dense(x) + lax.sort(stop(dense(x))), ZERO) for stop in (jnp.array, lax.stop_gradient)
+        lrp(lambda x, stop=stop: dense(x) + turn_p.bind(stop(dense(x))), ZERO)
+        for stop in (jnp.array, lax.stop_gradient)
     )
     close(got(X), right(X))
 
@@ -502,19 +551,19 @@ def test_register_as_blocked(registry):
 def test_row_for_the_unknown():
     """A row of the composite serves what has no kind, too."""
     composite = Composite([(select.kind("unknown"), rules.Pass())]) + ZERO
-    plain = lrp(lambda x: jax.nn.relu(x @ W) + 1.0, ZERO, target=lambda y: special(X))
-    close(lrp(special, composite)(X), plain(X))
+    plain = lrp(lambda x: jax.nn.relu(x @ W) + 1.0, ZERO, target=lambda y: bending(X))
+    close(lrp(bending, composite)(X), plain(X))
 
 
 def test_unknown_among_parameters():
-    right = lrp(lambda x, w: jax.nn.relu(x @ w), ZERO)(X, lax.sort(W))
-    close(lrp(lambda x, w: jax.nn.relu(x @ lax.sort(w)), ZERO)(X, W), right)
+    right = lrp(lambda x, w: jax.nn.relu(x @ w), ZERO)(X, turn_p.bind(W))
+    close(lrp(lambda x, w: jax.nn.relu(x @ turn_p.bind(w)), ZERO)(X, W), right)
 
 
 BLOCKED = {
-    "stop_gradient": lambda y: y + lax.stop_gradient(lax.sort(y)),
-    "comparison": lambda y: jnp.where(y >= lax.sort(y)[:, 1:2], y, 0.0),
-    "integers": lambda y: y * jnp.floor(lax.sort(y)).astype(int),
+    "stop_gradient": lambda y: y + lax.stop_gradient(turn_p.bind(y)),
+    "comparison": lambda y: jnp.where(y >= turn_p.bind(y)[:, 1:2], y, 0.0),
+    "integers": lambda y: y * jnp.ceil(turn_p.bind(y)).astype(int),
 }
 
 

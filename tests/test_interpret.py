@@ -695,7 +695,7 @@ def test_dead_code():
     """What reaches no output needs no rule, and its primitives no kind."""
 
     def f(x, unused, w):
-        lax.sort(x)
+        jnp.linalg.svd(x)
         low, _, high = jnp.split(x @ w, 3, axis=1)
         _, last = lax.scan(lambda c, _: (c + 1, jnp.tanh(high)), low, None, length=2)
         return last[-1]
@@ -834,6 +834,17 @@ def test_casts_inside_the_network():
     half, full = (explained(partial(f, t), *args, rows=LOCAL.values()) for t in (jnp.bfloat16, jnp.float32))
     assert {r.dtype for _, r in half} == {np.dtype(np.float32)}
     close(half, full, 0.05)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_sum_in_half_precision_that_cancels(dtype):
+    """Two such values cancel exactly every so often: relevance there is bounded by rounding, not by epsilon."""
+    x, y = jnp.asarray([1.0, 1.0], dtype), jnp.asarray([-1.0, 0.5], dtype)
+    _, pull = jax.vjp(rewrite(lambda x, y: x + y, composites.epsilon(), (0, 1)), x, y)
+    (r_x, r_y) = (np.asarray(r, np.float64) for r in pull(jnp.ones(2, dtype)))
+    bound = 2 / float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(r_x, [bound, 2 / 3], rtol=1e-2)
+    np.testing.assert_allclose(r_y, [-bound, 1 / 3], rtol=1e-2)
 
 
 def test_masks_that_become_numbers_inside_a_layer():

@@ -101,6 +101,8 @@ OTHERS = {
     "uniform mean": (lambda x: x.reshape(2, 3).mean(1), "reduce", rules.Uniform()),
     "product": (lambda x: x[:2] * x[2:4], "product", rules.Uniform()),
     "matmul": (lambda x: x[:4].reshape(2, 2) @ x[4:], "matmul", rules.UniformEpsilon(0.5)),
+    "gate": (lambda x: x[:2] * jax.nn.sigmoid(x[2:4]), "product", rules.SignalTakesAll()),
+    "gated sum": (lambda x: x[:4].reshape(2, 2) @ x[4:], "matmul", rules.SignalTakesAll("second", 0.5)),
     "softmax": (lambda x: jax.nn.softmax(x[:2]), "softmax", rules.SoftmaxTaylor()),
 }
 every_other = pytest.mark.parametrize("f, kind, rule", OTHERS.values(), ids=OTHERS)
@@ -470,6 +472,8 @@ def test_what_others_lose(x, R):
         "absolute share": R * thirds.any(0),
         "norm": R * abs(z) / (abs(z) + 0.5),
         "matmul": R * abs(2 * o) / (abs(2 * o) + 0.5),
+        "gate": R,
+        "gated sum": R * abs(o) / (abs(o) + 0.5),
         "softmax": x[:2] * (R - s * R.sum()),
     }
     assert right.keys() == OTHERS.keys()

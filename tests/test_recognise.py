@@ -991,6 +991,21 @@ def test_gate_of_another_layer_is_a_product():
     assert rows(lambda x, w, v: (x @ w) * (x @ v), x, w, v) == [DENSE, DENSE, PRODUCT]
 
 
+def test_interleaved_values_are_moved():
+    """`lax.associative_scan` writes it as a sum of two values with zeros between, where each only meets zeros."""
+    moved = lambda x, y: lax.pad(x, 0.0, [(0, 1, 1)]) + lax.pad(y, 0.0, [(1, 0, 1)])
+    added = lambda x, y: lax.pad(x, 0.0, [(0, 2, 1)]) + lax.pad(y, 0.0, [(1, 1, 1)]) + lax.pad(x, 0.0, [(2, 0, 1)])
+    filled = lambda x, y: lax.pad(x, 1.0, [(0, 1, 1)]) + lax.pad(y, 0.0, [(1, 0, 1)])
+    read = lambda x, y: ((p := lax.pad(x, 0.0, [(0, 1, 1)])) + lax.pad(y, 0.0, [(1, 0, 1)])) * p
+    x, y, start = np.array([0.0, 1.0, 2.0]), np.array([3.0, 0.0, 4.0]), np.arange(1.0, 7.0)
+    kinds_of = lambda f: [r.kind for r in plan(f, composites.epsilon(), argnums=(0, 1))(x, y)]
+    assert kinds_of(moved) == ["structural"]
+    assert kinds_of(added).count("add") == kinds_of(filled).count("add") == kinds_of(read).count("add") == 1
+    # what is zero keeps its relevance: nothing is divided
+    got = lrp(moved, composites.epsilon(), argnums=(0, 1), target=lambda z: start)(x, y)
+    np.testing.assert_array_equal(got, ([1.0, 3.0, 5.0], [2.0, 4.0, 6.0]))
+
+
 # ---------------------------------------------------------------------------------------------------- softmax
 
 SOFTMAXES: dict[str, Callable] = {
@@ -1222,6 +1237,17 @@ NONNEGATIVE: dict[str, Callable] = {
     "concatenation of relus": lambda h: jnp.concatenate([jax.nn.relu(h)[:, :2], jax.nn.sigmoid(h)[:, 2:]], -1),
     "sum of relus": lambda h: jax.nn.relu(h) + jax.nn.relu(-h),
     "factor after relu": lambda h: jax.nn.relu(h) * 2 / 3,
+    "relu, sorted": lambda h: jnp.sort(jax.nn.relu(h)),
+    "relu, sorted by something signed": lambda h: lax.sort((h, jax.nn.relu(h)), num_keys=1)[1],
+    "largest of relu": lambda h: lax.top_k(jax.nn.relu(h), 4)[0],
+    "relu, taken": lambda h: jax.nn.relu(h)[:, jnp.asarray([3, 0, 0, 2])],
+    "relu with a place set": lambda h: jax.nn.relu(h).at[:, 1].set(2),
+    "relu with a slice replaced": lambda h: lax.dynamic_update_slice(jax.nn.relu(h), h[:, :1] ** 2, (0, 1)),
+    "sum in segments": lambda h: jax.ops.segment_sum(jax.nn.relu(h), jnp.asarray([0, 2, 0]), 3),
+    "cumulative product": lambda h: jnp.cumprod(jax.nn.relu(h), 1),
+    "incomplete gamma function": lambda h: jax.scipy.special.gammainc(2.0, h * h),
+    "behind a barrier": lambda h: lax.optimization_barrier((jax.nn.relu(h), h))[0],
+    "modulus": lambda h: jnp.abs(h + 1j),
 }
 SIGNED: dict[str, Callable] = {
     "nothing": lambda h: h,
@@ -1242,6 +1268,12 @@ SIGNED: dict[str, Callable] = {
     "parameter after relu": lambda h: jax.nn.relu(h) * models.rng(3).normal(size=4),
     "padding of minus one": lambda h: jnp.pad(jax.nn.relu(h)[:, 1:-1], ((0, 0), (1, 1)), constant_values=-1),
     "log softmax": jax.nn.log_softmax,
+    "sorted": jnp.sort,
+    "filled with minus one": lambda h: jnp.take(jax.nn.relu(h), jnp.arange(1, 5), 1, mode="fill", fill_value=-1),
+    "relu with places set to minus one": lambda h: jax.nn.relu(h).at[:, 1].set(-1),
+    "relu less, in place": lambda h: jax.nn.relu(h).at[:, 1].subtract(1),
+    "smooth cumulative maximum": lambda h: lax.cumlogsumexp(jax.nn.relu(h) - 4, 1),
+    "rotated twice": lambda h: ((1 + 2j) * (1 + 1j) * jax.nn.relu(h)).real,
 }
 
 

@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._compat import over_devices
 from ..assign import assign
 from ..attribute import Target, analyse, check_nan, start
 from ..composites import Composite
 from ..errors import InputError
 from ..interpret import Interpreter, Settings, lead, loops
 from ..program import Body
-from ..rules import Layer, Rule
+from ..rules import Layer, Rule, summed
 from ..tokens import carrier_of, carrying
 from ..trace import check_argnums
 
@@ -161,7 +162,7 @@ def conservation(
         rules, _ = assign(ops, composite, on_unknown)
         titles, probes = _probes(body, rules)
         settings = Settings({i: rules[i] for i in titles if i >= 0})
-        interpreter = Interpreter(body, _row)
+        interpreter = Interpreter(body, _row, total=True)
 
         def books(xs: list[Any], target: Target, arrays: list[Any]) -> tuple[Any, Any]:
             arrays = list(arrays)
@@ -199,7 +200,7 @@ def conservation(
 
 def _probes(body: Body, rules: Sequence[Rule]) -> tuple[dict[int, tuple[str, str, str]], dict[int, jax.Array]]:
     """A title and a dummy input for every Op that keeps books, and for every loop that starts from constants."""
-    lengths = lead(body)
+    lengths = lead(body, total=True)
     titles: dict[int, tuple[str, str, str]] = {}
     probes: dict[int, jax.Array] = {}
     for i, (op, rule) in enumerate(zip(body.ops(), rules, strict=True)):
@@ -215,12 +216,13 @@ def _probes(body: Body, rules: Sequence[Rule]) -> tuple[dict[int, tuple[str, str
 
 def _row(layer: Layer, rule: Rule, relevance: jax.Array, received: Sequence[jax.Array]) -> jax.Array:
     """The report of one Op, in the order of COLUMNS."""
-    arrived, passed = relevance.sum(), _sum(received)
     books = layer.books or {}
-    kept = [books.get(c, jnp.zeros((), arrived.dtype)) for c in ("bias", "stabiliser", "dropped")]
-    ended = books.get("ended", jnp.zeros((), arrived.dtype))
+    own = [books.get(c, jnp.zeros((), layer.dtype)) for c in ("bias", "stabiliser", "dropped", "ended")]
+    # in a shard_map summed over the devices, where they differ
+    arrived, size, *kept, ended = map(over_devices, (summed(relevance), jnp.abs(relevance).sum(), *own))
+    passed = sum((over_devices(_sum(r)) for r in received), jnp.zeros((), arrived.dtype))
     created = jnp.zeros((), arrived.dtype) if rule.conserves else passed + sum(kept) + ended - arrived
-    return jnp.stack([arrived, passed, *kept, created, ended, jnp.abs(relevance).sum()]).astype(jnp.zeros(()).dtype)
+    return jnp.stack([arrived, passed, *kept, created, ended, size]).astype(jnp.zeros(()).dtype)
 
 
 def _rows(title: tuple[str, str, str], numbers: np.ndarray, batched: bool) -> list[LedgerRow]:
@@ -246,7 +248,7 @@ def _ended(name: str, amount: np.ndarray) -> LedgerRow:
 
 def _sum(tree: Any) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]
-    return sum((x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum() for x in leaves), jnp.zeros(()))
+    return sum((summed(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in leaves), jnp.zeros(()))
 
 
 _DEPENDENT = "the function does not treat examples one by one; write batched=False for one ledger over all of them"

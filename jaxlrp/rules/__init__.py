@@ -1,8 +1,9 @@
 """Relevance rules; each is a frozen dataclass whose numbers are pytree leaves."""
 
 from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor, Stop
+from .arithmetic import by_parts, divide, stabilise, summed
 from .attention import Attention
-from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, divide, rule, stabilise
+from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, rule
 from .domain import Flat, WSquare, ZBox
 from .embedding import EmbeddingSum
 from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
@@ -10,6 +11,7 @@ from .normalisation import ConstantStatistics
 from .pattern import PatternAttribution, PatternNet
 from .pooling import AbsoluteShare, Proportional, Winner
 from .product import Uniform, UniformEpsilon
+from .recurrent import SignalTakesAll
 from .response import LocalResponseTaylor
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "PatternNet",
     "Proportional",
     "Rule",
+    "SignalTakesAll",
     "SoftmaxTaylor",
     "Stop",
     "Uniform",
@@ -47,9 +50,11 @@ __all__ = [
     "ZPlus",
     "Zero",
     "broadcasts",
+    "by_parts",
     "divide",
     "in_proportion",
     "rule",
     "share",
     "stabilise",
+    "summed",
 ]

@@ -10,7 +10,8 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from ..program import Atom, Constant, Op, leaves
-from .base import NORMS, Layer, Rule, check_number, divide, rule
+from .arithmetic import divide
+from .base import NORMS, Layer, Rule, broadcasts, check_number, rule
 
 
 @rule
@@ -18,14 +19,17 @@ class Pass(Rule):
     """Relevance passes unchanged: R_in = R_out; through a reshape, a slice or a resize it follows the
     values.
 
-    For any layer with one data input and an output of the same shape, and for norms. What arrives at a constant
-    (padding, a token joined to the data) ends there. Source: Bach et al. 2015: monotonous activations keep the
+    For any layer with one data input and an output of the same shape, and for norms; an activation that repeats its
+    input gets the sum over the copies. What arrives at a constant (padding, a token joined to the data) ends there.
+    Source: Bach et al. 2015: monotonous activations keep the
     relevance of their input.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
 
     def supports(self, op: Op) -> bool:
+        if op.kind == "activation" and len(op.in_shapes) == 1 and broadcasts(op.in_shapes[0], op.out_shape):
+            return True
         return op.kind in ("structural", "blocked", "resize") or op.kind in NORMS or op.in_shapes == (op.out_shape,)
 
     def needs(self, op: Op) -> frozenset[str]:
@@ -34,10 +38,16 @@ class Pass(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         if layer.op.kind in NORMS:  # each element where it came from, whatever is transposed on the way
-            x = layer.op.inputs[0].aval
-            return tuple(jax.linear_transpose(layer.moved, jax.ShapeDtypeStruct(x.shape, layer.dtype))(relevance))
+            like = jax.lax.full_like(relevance, 0, shape=layer.op.in_shapes[0])
+            return tuple(jax.linear_transpose(layer.moved, like)(relevance))
         if layer.op.kind not in ("structural", "resize"):
-            return (relevance,)
+            (shape,) = layer.op.in_shapes
+            if shape == relevance.shape:
+                return (relevance,)
+            repeat = jax.linear_transpose(
+                lambda x: jnp.broadcast_to(x, relevance.shape), jax.ShapeDtypeStruct(shape, layer.dtype)
+            )
+            return tuple(repeat(relevance))
         _, pull = jax.vjp(layer.apply, *layer.inputs)
         received = pull(relevance)
         layer.book("ended", lambda: relevance.sum() - sum(r.sum() for r in received))
@@ -136,6 +146,8 @@ class DeconvNet(_Relu):
     For ReLUs, with an upper bound (relu6) or without. Source: Zeiler and Fergus 2014.
     """
 
+    linear: ClassVar[bool] = False
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         return (jnp.maximum(relevance, 0),)
 
@@ -146,6 +158,8 @@ class GuidedBackprop(_Relu):
 
     u: the upper bound of a relu6, else infinity. Source: Springenberg et al. 2015.
     """
+
+    linear: ClassVar[bool] = False
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         x = layer.inputs[0]

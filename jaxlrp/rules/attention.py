@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from ..program import Equation
-from .base import Layer, Rule, check_choice, check_number, divide, rule, stabilise
+from .arithmetic import divide, stabilise
+from .base import Layer, Rule, check_choice, check_number, rule
 
 
 @rule

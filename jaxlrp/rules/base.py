@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import jax
@@ -20,10 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
+from .. import _compat
 from ..errors import InputError
+from ..kinds import PSUMS
 from ..kinds import check as check_kind
 from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
+from .arithmetic import summed
 
 T = TypeVar("T", bound=type)
 
@@ -84,10 +87,12 @@ class Rule:
     kinds: the kinds of Op it can be assigned to. uses: what of the layer it reads ("inputs", "output", "params"); what
     is not named is not kept from the forward pass. conserves: whether all relevance is passed on but for what the rule
     enters in the layer's books (`Layer.book`); for one that is documented not to, the ledger shows what it creates.
+    linear: whether R_in is linear in R_out, as it must be where devices hold parts of it.
     """
 
     kinds: ClassVar[frozenset[str]] = LINEAR
     conserves: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset(("inputs", "output", "params"))
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
@@ -97,6 +102,10 @@ class Rule:
     def supports(self, op: Op) -> bool:
         """Whether the rule can be applied to this Op."""
         return op.kind in self.kinds
+
+    def note(self, op: Op) -> str:
+        """What a person should know about the rule at this Op, for the plan; "" for nothing."""
+        return ""
 
     def needs(self, op: Op) -> frozenset[str]:
         """What of this Op must be kept for `propagate`: `uses`, unless the rule treats some kinds otherwise."""
@@ -135,16 +144,6 @@ def broadcasts(small: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return len(small) <= len(shape) and all(b in (1, n) for b, n in zip(small[::-1], shape[::-1], strict=False))
 
 
-def stabilise(z: jax.Array, epsilon: Any) -> jax.Array:
-    """z + epsilon * sign(z), with sign(0) = +1 (Bach et al. 2015, eq. 58)."""
-    return z + jnp.asarray(epsilon, z.dtype) * jnp.where(z >= 0, 1, -1).astype(z.dtype)
-
-
-def divide(r: jax.Array, z: jax.Array) -> jax.Array:
-    """r / z, and 0 where z is 0: a unit without contributions sends no messages."""
-    return jnp.where(z == 0, 0, r / jnp.where(z == 0, 1, z))
-
-
 class Layer:
     """An Op with its arrays, as a rule sees it in the backward pass.
 
@@ -166,7 +165,8 @@ class Layer:
     ):
         self.op = op
         self.books: dict[str, jax.Array] | None = {} if books else None
-        self.dtype = jnp.promote_types(op.output.aval.dtype, jnp.float32)
+        # the compute dtype; of complex numbers, that of their parts
+        self.dtype = jnp.finfo(jnp.promote_types(op.output.aval.dtype, jnp.float32)).dtype
         self._exact = all(_dtype(v) in (None, self.dtype) for e in op.steps for v in (*e.inputs, *e.outputs))
         self.inputs = tuple(self._cast(x) for x in inputs or ())
         self.output = self._cast(output)
@@ -192,12 +192,18 @@ class Layer:
         if entry not in ("bias", "stabiliser", "dropped", "ended"):
             raise InputError(f'book({entry!r}): the books have "bias", "stabiliser", "dropped" and "ended"')
         if self.books is not None:
-            self.books[entry] = self.books.get(entry, jnp.zeros((), self.dtype)) + amount().sum()
+            self.books[entry] = self.books.get(entry, jnp.zeros((), self.dtype)) + summed(amount())
 
     @cached_property
     def offset(self) -> jax.Array:
         """What a linear layer gives where the data is zero: its bias, of whatever kind it is."""
         return self.bias if self.op.linear is not None else self.apply(*(jnp.zeros_like(x) for x in self.inputs))
+
+    @property
+    def degree(self) -> int:
+        """By what power the layer grows with its data: 2 for a product of two data values, which are linear in each."""
+        last = leaves(self.op.steps)[-1]
+        return 2 if last.primitive in _BILINEAR and all(a in self.op.inputs for a in last.inputs[:2]) else 1
 
     @property
     def occurrences(self) -> tuple[int, ...]:
@@ -223,13 +229,17 @@ class Layer:
             env = dict(zip(e.inputs, values, strict=True))
             inner = self._run(e.children, {**self._params, **env})
             return [a.value if isinstance(a, Constant) else inner[a] for a in e.outputs]
-        values = [self._cast(v) for v in values]
+        values = e.spread([self._cast(v) for v in values])
         if e.primitive in (p.convert_element_type_p, p.reduce_precision_p):
             floating = jnp.issubdtype(e.outputs[0].aval.dtype, jnp.floating)  # a mask may become numbers here
             return [jnp.asarray(v, self.dtype) for v in values] if floating else e.evaluate(*values)
         params = dict(e.params)
         if params.get("preferred_element_type") is not None:
             params["preferred_element_type"] = np.dtype(self.dtype)
+        if params.get("update_jaxpr") is not None:  # how a scatter combines two numbers, in the model's dtype
+            two = [jax.ShapeDtypeStruct((), self.dtype)] * 2
+            combine = jax.make_jaxpr(partial(jax.core.eval_jaxpr, params["update_jaxpr"], params["update_consts"]))
+            params["update_jaxpr"] = combine(*two).jaxpr
         out = e.primitive.bind(*values, **params)
         return list(out) if e.primitive.multiple_results else [out]
 
@@ -351,7 +361,8 @@ class Layer:
 
     def _core(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         linear = self._linear()
-        (out,) = self._evaluate(linear.core, [x, kernel] if linear.slot == 0 else [kernel, x])
+        sizes = map(self._read, linear.core.inputs[2:])  # of the groups of a ragged product
+        (out,) = self._evaluate(linear.core, [*([x, kernel] if linear.slot == 0 else [kernel, x]), *sizes])
         return out
 
     def _before(self, x: jax.Array) -> jax.Array:
@@ -363,7 +374,7 @@ class Layer:
         return self._follow(linear.before, {self.op.inputs[0]: x}, linear.core.inputs[linear.slot])
 
     def _follow(self, steps: Sequence[Equation], env: dict[Atom, Any], end: Atom) -> jax.Array:
-        """Through the reshapes among the steps, with padding of zeros, past the sums and products."""
+        """Through the reshapes among the steps and sums over devices, padding with zeros, past sums and products."""
         for e in steps:
             value = next((env[a] for a in e.inputs if a in env), None)
             if value is None or e.primitive is p.reduce_sum_p:  # a norm's statistics
@@ -377,7 +388,10 @@ class Layer:
         return env[end]
 
 
-_MOVED = frozenset((p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p))
+_BILINEAR = frozenset((p.mul_p, p.dot_general_p, p.conv_general_dilated_p, _compat.RAGGED_DOT))
+_MOVED = PSUMS | {
+    p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p, _compat.pvary_p, _compat.reduce_scatter_p
+}  # fmt: skip
 
 
 def _dtype(atom: Atom) -> Any:

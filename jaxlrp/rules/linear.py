@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InputError
-from .base import KERNEL, Layer, Rule, check_choice, check_number, concrete, divide, rule, stabilise
+from .arithmetic import by_parts, divide, stabilise
+from .base import KERNEL, LINEAR, Layer, Rule, check_choice, check_number, concrete, rule
 
 Terms = list[tuple[jax.Array, jax.Array]]  # (input, kernel) pairs: their sum of products is one set of contributions
 
@@ -97,24 +98,41 @@ def share(
 def in_proportion(
     layer: Layer, relevance: jax.Array, policy: str = "absorb", epsilon: Any = None
 ) -> tuple[jax.Array, ...]:
-    """R_j = sum_k c_jk / z_k R_k for any layer that is linear in its data: all contributions, of either sign."""
+    """R_j = sum_k c_jk / z_k R_k for any layer that is linear in its data: all contributions, of either sign.
+
+    A complex number counts as two, its real and its imaginary part (Vielhaben et al. 2024, for the Fourier transform);
+    z_k is twice the output where two complex data values are multiplied, as each is a factor of all contributions.
+    """
     if layer.op.linear is not None:
         terms = [(layer.active, layer.kernel)]
         needs_bias = policy != "absorb" or layer.books is not None
         bias = layer.bias if needs_bias else None
         return (layer.leave(share(layer, relevance, terms, layer.output, bias, policy, epsilon)),)
-    z = layer.output - layer.offset if policy == "ignore" else layer.output
-    divisor = z if epsilon is None else stabilise(z, epsilon)
+    z = layer.output - layer.offset if policy == "ignore" else layer.degree * layer.output
+    divisor = z if epsilon is None else stabilise(_resolved(layer, z), epsilon)
     s = divide(relevance, divisor)
     _, pull = jax.vjp(layer.apply, *layer.inputs)
-    received = [x * g for x, g in zip(layer.inputs, pull(s), strict=True)]
+    received = [by_parts(jnp.multiply, x, g) for x, g in zip(layer.inputs, pull(s), strict=True)]
     if policy == "absorb":
-        layer.book("ended" if layer.op.stopped else "bias", lambda: s * layer.offset)
+        layer.book("ended" if layer.op.stopped else "bias", lambda: by_parts(jnp.multiply, s, layer.offset))
     elif policy == "distribute" and layer.op.kind in ("scale", "batch_norm"):
         received[0] += s * layer.offset
-    layer.book("stabiliser", lambda: s * (divisor - z))
-    layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
+    layer.book("stabiliser", lambda: by_parts(jnp.multiply, s, divisor - z))
+    layer.book("dropped", lambda: by_parts(lambda z, r: jnp.where(z == 0, r, 0), divisor, relevance))
     return tuple(received)
+
+
+def _resolved(layer: Layer, z: jax.Array) -> jax.Array:
+    """A sum in half precision kept away from zero by the rounding error of its terms, z itself for anything else.
+
+    Two values of 8 bits cancel exactly every so often; relevance that arrives there would be multiplied by 1/epsilon.
+    """
+    precision = layer.op.output.aval.dtype
+    if layer.op.kind != "add" or jnp.finfo(precision).bits >= 32:
+        return z
+    sizes = (n * jnp.abs(x) for n, x in zip(layer.occurrences, layer.inputs, strict=True))
+    least = float(jnp.finfo(precision).eps) / 4 * sum(sizes)
+    return jnp.where(z >= 0, jnp.maximum(z, least), jnp.minimum(z, -least))
 
 
 def scaled(epsilon: Any, stabiliser: str, z: jax.Array) -> Any:
@@ -122,10 +140,13 @@ def scaled(epsilon: Any, stabiliser: str, z: jax.Array) -> Any:
     if stabiliser == "absolute":
         return epsilon
     axes = tuple(range(1, z.ndim)) or None
-    return epsilon * jnp.sqrt(jnp.mean(z**2, axis=axes, keepdims=True))
+    return by_parts(lambda z: epsilon * jnp.sqrt(jnp.mean(z**2, axis=axes, keepdims=True)), z)
 
 
 _POLICIES = ("absorb", "distribute", "ignore")
+
+
+_PROPORTIONAL = LINEAR | {"complex"}
 
 
 @rule
@@ -137,6 +158,7 @@ class Zero(Rule):
     """
 
     bias: str = "absorb"
+    kinds: ClassVar[frozenset[str]] = _PROPORTIONAL
 
     def __post_init__(self) -> None:
         check_choice(self, "bias", *_POLICIES)
@@ -151,13 +173,15 @@ class Epsilon(Rule):
 
     epsilon: float >= 0; with stabiliser="relative", in units of the root mean square of z over all axes but the first
     (Montavon et al. 2019). The stabiliser absorbs epsilon / (|z| + epsilon) of each unit's relevance, the bias its
-    share b / z unless bias is "distribute" or "ignore". Source: Bach et al. 2015, eq. 58. Raises InputError for a
-    negative or NaN epsilon, or another choice.
+    share b / z unless bias is "distribute" or "ignore". In half precision, |z| of a sum counts as no less than the
+    rounding error of its terms. Source: Bach et al. 2015, eq. 58. Raises InputError for a negative or NaN epsilon, or
+    another choice.
     """
 
     epsilon: Any = 1e-6
     stabiliser: str = "absolute"
     bias: str = "absorb"
+    kinds: ClassVar[frozenset[str]] = _PROPORTIONAL
 
     def __post_init__(self) -> None:
         check_number(self, "epsilon", minimum=0)

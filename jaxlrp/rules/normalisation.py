@@ -16,7 +16,8 @@ from jax.extend.core import primitives as p
 
 from ..norms import ROOTS
 from ..program import Equation
-from .base import NORMS, Layer, Rule, check_choice, check_number, divide, rule, stabilise
+from .arithmetic import divide, stabilise
+from .base import NORMS, Layer, Rule, check_choice, check_number, rule
 
 
 @rule

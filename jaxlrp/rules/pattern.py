@@ -15,7 +15,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..program import Op
-from .base import KERNEL, Layer, Rule, concrete, divide, rule
+from .arithmetic import divide
+from .base import KERNEL, Layer, Rule, concrete, rule
 
 
 @rule

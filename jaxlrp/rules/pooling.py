@@ -10,20 +10,27 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from ..program import Equation, leaves
-from .base import Layer, Rule, check_choice, divide, rule
+from ..single import reducer
+from .arithmetic import divide
+from .base import Layer, Rule, check_choice, rule
 
-_OVER_AXES = (p.reduce_max_p, p.reduce_min_p)
-_OVER_WINDOWS = (p.reduce_window_max_p, p.reduce_window_min_p)
+_OVER_AXES = (p.reduce_max_p, p.reduce_min_p, p.reduce_p)
+_OVER_WINDOWS = (p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_p)
 _MINIMA = (p.reduce_min_p, p.reduce_window_min_p)
+_FROM_A_START = (p.reduce_p, p.reduce_window_p)  # which may be larger than every element
+_CUMULATIVE = (p.cummax_p, p.cummin_p)
+_OVER_DEVICES = (p.pmax_p, p.pmin_p)
 
 
 @rule
 class Winner(Rule):
     """All relevance to the largest element of each window (the smallest, for a minimum).
 
-    ties: "first" in the window's order, or "split" in equal parts. For max-pooling, maxima over axes, and the maximum
-    of two values (there ties always split). The smooth maximum logsumexp gives each element its softmax weight
-    (Kauffmann et al. 2022). Source: Bach et al. 2015. Raises InputError for another choice.
+    ties: "first" in the window's order, or "split" in equal parts. For max-pooling, maxima over axes, cumulative maxima
+    (there always the first), the maximum of two values and `x.at[i].max` (there ties always split). The smooth maxima
+    logsumexp and cumlogsumexp give each element its softmax weight (Kauffmann et al. 2022); the maximum over devices
+    (`lax.pmax`) is one window. Where the start of the reduction is larger than every element, relevance ends there.
+    Source: Bach et al. 2015. Raises InputError for another choice.
     """
 
     ties: str = "first"
@@ -35,17 +42,25 @@ class Winner(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         e = leaves(layer.op.steps)[-1]
-        windowed = e.primitive in _OVER_WINDOWS
-        dilated = windowed and max(e.params["window_dilation"]) > 1  # of these JAX has no derivative
-        if not windowed and e.primitive not in _OVER_AXES or windowed and self.ties == "first" and not dilated:
+        if e.primitive in _OVER_DEVICES:
+            return (_among_devices(e, layer, relevance, self.ties),)
+        if e.primitive in _CUMULATIVE:
+            return (_to_records(e, layer.output, relevance),)
+        windowed, started = e.primitive in _OVER_WINDOWS, e.primitive in _FROM_A_START
+        dilated = windowed and max(e.params["window_dilation"]) > 1
+        differentiable = windowed and not dilated and not started
+        if not windowed and e.primitive not in _OVER_AXES or differentiable and self.ties == "first":
             # the derivative of a window is its first winner, of two values half each on ties, of logsumexp a softmax
             _, pull = jax.vjp(layer.apply, *layer.inputs)
             return pull(relevance)
         elements, pull = jax.vjp(lambda x: windows(e, x), layer.inputs[0])
-        wins = elements == elements_best(e, elements)
+        shape = elements.shape[1:]
+        wins = elements == layer.output.reshape(shape)
         if self.ties == "first":
             wins &= jnp.cumsum(wins, 0) == 1
-        return pull(wins * relevance.reshape(elements.shape[1:]) / wins.sum(0))
+        received = pull(wins * divide(relevance.reshape(shape), wins.sum(0).astype(relevance.dtype)))
+        layer.book("ended", lambda: jnp.where(wins.any(0), 0, relevance.reshape(shape)))
+        return received
 
 
 @rule
@@ -62,7 +77,7 @@ class Proportional(Rule):
         return op.kind == "max_pool" and leaves(op.steps)[-1].primitive in _OVER_AXES + _OVER_WINDOWS
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        (e,) = leaves(layer.op.steps)
+        e = leaves(layer.op.steps)[-1]
         elements, pull = jax.vjp(lambda x: windows(e, x, fill=0.0), layer.inputs[0])
         z = elements.sum(0)
         relevance = relevance.reshape(z.shape)
@@ -88,15 +103,29 @@ class AbsoluteShare(Rule):
         return tuple(x * g for x, g in zip(sizes, pull(divide(relevance, z)), strict=True))
 
 
+def _among_devices(e: Equation, layer: Layer, relevance: jax.Array, ties: str) -> jax.Array:
+    """The winner among the devices of a shard_map."""
+    (x,) = layer.inputs
+    over = {"axis_name": e.params["axes"], "axis_index_groups": e.params["axis_index_groups"]}
+    wins = x == layer.output
+    if ties == "first":
+        device = jax.lax.axis_index(over["axis_name"])
+        wins &= device == jax.lax.pmin(jnp.where(wins, device, np.iinfo(np.int32).max), **over)
+    # the transpose of the sum tells every device what arrived, of which each may hold a part
+    count, pull = jax.vjp(lambda wins: jax.lax.psum(wins, **over), wins.astype(x.dtype))
+    return wins * pull(relevance)[0] / count
+
+
 def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:
     """The elements of every window, on a leading axis, each position shaped like the output (without its 1-axes)."""
     if e.primitive in _OVER_AXES:
-        axes = tuple(e.params["axes"])
+        axes = tuple(e.params["axes"] if "axes" in e.params else e.params["dimensions"])
         kept = [i for i in range(x.ndim) if i not in axes]
         flat = x.transpose(*axes, *kept)
         return flat.reshape(-1, *flat.shape[len(axes) :])
     size, stride, dilation = (e.params[k] for k in ("window_dimensions", "window_strides", "window_dilation"))
-    edge = fill if fill is not None else (np.inf if e.primitive in _MINIMA else -np.inf)
+    smallest = e.primitive in _MINIMA or e.primitive in _FROM_A_START and reducer(e) is p.min_p
+    edge = fill if fill is not None else (np.inf if smallest else -np.inf)
     edges = zip(e.params["padding"], e.params["base_dilation"], strict=True)
     pads = [(low, high, base - 1) for (low, high), base in edges]
     padded = jax.lax.pad(x, jnp.asarray(edge, x.dtype), pads)
@@ -109,8 +138,16 @@ def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:
     return jnp.stack(taken)
 
 
-def elements_best(e: Equation, elements: jax.Array) -> jax.Array:
-    return elements.min(0) if e.primitive in _MINIMA else elements.max(0)
+def _to_records(e: Equation, y: jax.Array, relevance: jax.Array) -> jax.Array:
+    """What arrives at each place of a cumulative maximum y, sent back to where that maximum was first reached."""
+    axis, reverse = e.params["axis"], e.params["reverse"]
+    place = jax.lax.broadcasted_iota(jnp.int32, y.shape, axis)
+    place = y.shape[axis] - 1 - place if reverse else place  # counted in the direction of the maximum
+    new = (y != jnp.roll(y, -1 if reverse else 1, axis)) | (place == 0)
+    latest = jax.lax.cummax(jnp.where(new, place, 0), axis, reverse)
+    latest = y.shape[axis] - 1 - latest if reverse else latest
+    _, pull = jax.vjp(lambda x: jnp.take_along_axis(x, latest, axis), y)
+    return pull(relevance)[0]
 
 
 __all__ = ["AbsoluteShare", "Proportional", "Winner"]

@@ -106,7 +106,7 @@ class _Response:
 
     def away(self, x: jax.Array) -> jax.Array:
         """From the layout of x to that of h."""
-        like = jax.ShapeDtypeStruct(self._parts.total.aval.shape, self._layer.dtype)
+        like = jax.lax.full_like(x, 0, shape=self._parts.total.aval.shape)
         (out,) = jax.linear_transpose(self.home, like)(x)
         return out
 

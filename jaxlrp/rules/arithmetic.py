@@ -1,0 +1,40 @@
+"""What rules compute with: quotients that are safe at zero, and complex numbers as two real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def by_parts(f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """f of real numbers; where some are complex, f of the real parts and of the imaginary parts.
+
+    A complex number is two values, and each has its relevance. Their pair travels as JAX's cotangents do, as the
+    complex number R_re - i R_im, so that JAX's own derivatives carry it through whatever moves complex numbers.
+    """
+    if not any(map(jnp.iscomplexobj, arrays)):
+        return f(*arrays)
+    parts = [(x.real, x.imag) if jnp.iscomplexobj(x) else (x, x) for x in arrays]
+    return jax.lax.complex(*(f(*side) for side in zip(*parts, strict=True)))
+
+
+def summed(r: jax.Array) -> jax.Array:
+    """The sum of relevance, over both parts of complex numbers."""
+    return r.real.sum() - r.imag.sum() if jnp.iscomplexobj(r) else r.sum()
+
+
+def stabilise(z: jax.Array, epsilon: Any) -> jax.Array:
+    """z + epsilon * sign(z), with sign(0) = +1 (Bach et al. 2015, eq. 58)."""
+
+    def real(z: jax.Array, epsilon: jax.Array) -> jax.Array:
+        return z + epsilon.astype(z.dtype) * jnp.where(z >= 0, 1, -1).astype(z.dtype)
+
+    return by_parts(real, z, jnp.asarray(epsilon))
+
+
+def divide(r: jax.Array, z: jax.Array) -> jax.Array:
+    """r / z, and 0 where z is 0: a unit without contributions sends no messages."""
+    return by_parts(lambda r, z: jnp.where(z == 0, 0, r / jnp.where(z == 0, 1, z)), r, z)
