@@ -12,6 +12,7 @@ from jax.extend.core import primitives as p
 from .graph import Draft, Graph
 from .kinds import STRUCTURAL
 from .program import Equation, Value
+from .single import multiplies
 
 _STEPS = STRUCTURAL | {p.mul_p, p.div_p, p.add_p, p.sub_p, p.neg_p, p.add_jaxvals_p}
 
@@ -62,10 +63,11 @@ def _below(graph: Graph, value: Value, inside: set[Equation]) -> list[Equation] 
 
 
 def _is_product(graph: Graph, e: Equation) -> bool:
-    return e.primitive is p.dot_general_p and len(graph.data(e)) == 2
+    return e.primitive is p.dot_general_p and len(graph.data(e)) == 2 and not multiplies(e)
 
 
 def _steps(graph: Graph, e: Equation) -> bool:
     """Whether `e` moves, masks, scales or shifts one data value."""
-    one = e.primitive in _STEPS and len(graph.data(e)) == 1 and graph.carries(e) and len(e.outputs) == 1
+    known = e.primitive in _STEPS or multiplies(e)
+    one = known and len(graph.data(e)) == 1 and graph.carries(e) and len(e.outputs) == 1
     return one and not (e.primitive is p.div_p and e.inputs[0] not in graph.data(e))

@@ -19,7 +19,7 @@ from . import _compat
 from .graph import Draft, Graph
 from .kinds import ELEMENTWISE, PSUMS, kind_of
 from .program import Atom, Constant, Equation, Linear, Value
-from .single import data_slots, linear_in
+from .single import data_slots, linear_in, multiplies
 
 Axes = dict[int, int]  # axis of a value -> axis of the kernel
 
@@ -54,7 +54,8 @@ def _is_core(graph: Graph, e: Equation) -> bool:
             and kernel_axes(e, graph.data(e)[0]) is not None
             and not any(graph.fact(a).derived for a in e.inputs[:2] if a is not graph.data(e)[0])
         )
-    return len(graph.data(e)) == len(graph.derived(e)) == 1 and linear_in(e, data_slots(graph, e))
+    alone = len(graph.data(e)) == len(graph.derived(e)) == 1
+    return alone and linear_in(e, data_slots(graph, e)) and not multiplies(e)
 
 
 def parameter_step(graph: Graph, e: Equation) -> Atom | None:

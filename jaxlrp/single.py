@@ -24,6 +24,8 @@ def classify(graph: Graph, e: Equation) -> tuple[str, str]:
         return "blocked", label
     if in_complex_numbers(graph, e):
         return ("complex" if _scales_parts(e, slots) else "unknown"), label
+    if multiplies(e) and one:
+        return "scale", "scale"
     if kind in ("dense", "conv"):
         return "matmul", "matmul"  # two data operands, or a kernel that depends on the data
     if e.primitive in _EXTREMA and one:
@@ -48,6 +50,11 @@ def classify(graph: Graph, e: Equation) -> tuple[str, str]:
     if kind == "max_pool":
         return kind, "max_pool" if e.primitive is p.reduce_window_max_p else _EXTREMA.get(e.primitive, label)
     return kind, label
+
+
+def multiplies(e: Equation) -> bool:
+    """Whether `e` is an einsum that sums over nothing: it multiplies element by element, as a head mask does."""
+    return e.primitive is p.dot_general_p and e.params["dimension_numbers"][0] == ((), ())
 
 
 def in_complex_numbers(graph: Graph, e: Equation) -> bool:

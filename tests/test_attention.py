@@ -89,6 +89,10 @@ SPELLINGS: dict[str, tuple[Callable, Callable]] = {
         lambda q, k, v: weighted(jax.nn.softmax(scores(q, k), where=CAUSAL), v),
         lambda q, k: jnp.where(CAUSAL, scores(q, k), -1e300),
     ),
+    "a mask of heads, by einsum": (
+        lambda q, k, v: weighted(jnp.einsum("nhqk,h->nhqk", jax.nn.softmax(scores(q, k)), jnp.ones(H)), v),
+        scores,
+    ),
     "cast": (
         lambda q, k, v: weighted(jax.nn.softmax(scores(q, k).astype(jnp.float64)).astype(v.dtype), v),
         scores,

@@ -30,13 +30,6 @@ COMPOSITE = composites.attnlrp()
 MODELS = [*hf_models.REQUIRED, *(pytest.param(name, marks=pytest.mark.slow) for name in hf_models.OTHERS)]
 
 
-def but(names, reason: str, *failing: str):
-    """The names, those expected to fail marked so."""
-    found = [name if hasattr(name, "values") else pytest.param(name) for name in names]
-    mark = pytest.mark.xfail(reason=reason, raises=AssertionError)
-    return [pytest.param(*p.values, marks=(*p.marks, mark)) if p.values[0] in failing else p for p in found]
-
-
 def second(logits: jax.Array) -> jax.Array:
     """Relevance starts at the second class."""
     return jnp.zeros_like(logits).at[..., 1].set(logits[..., 1])
@@ -69,10 +62,7 @@ def test_value_to_the_bit(name):
         )
 
 
-TWICE = "the relevance of the start token, which the decoder's ids begin with, has no row in the ledger"
-
-
-@pytest.mark.parametrize("name", but(MODELS, TWICE, "bart-classifier"))
+@pytest.mark.parametrize("name", MODELS)
 def test_ledger_closes(name):
     """In float64, but for what a model itself casts to float32: rounding hides next to nothing."""
     case = hf_models.build(name, jnp.float64)
@@ -95,10 +85,8 @@ LAYERS = {
     "whisper": {"conv": 2, "dense": 33, "attention": 6, "layer_norm": 12, "activation": 6, "embedding": 1},
 }
 
-HEADS = "the mask of the heads, jnp.einsum('...hqk,h->...hqk', weights, mask), is taken for a resize"
 
-
-@pytest.mark.parametrize("name", but(LAYERS, HEADS, "bert", "roberta"))
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_are_recognised(name):
     with jax.enable_x64(False):
         case = hf_models.build(name)

@@ -154,3 +154,14 @@ def test_an_index_of_several_ids_is_an_error():
     with pytest.raises(UnknownPrimitiveError, match="gather.*several indices"):
         lrp(lambda i, j: TABLE[i, j], EPSILON, argnums=(0, 1))(IDS, IDS % 4)
     close(lrp(lambda i: TABLE[i, IDS % 4], EPSILON)(IDS), TABLE[IDS, IDS % 4], 1e-12)
+
+
+def test_constant_ids_have_a_row_in_the_ledger():
+    """A start token that the model puts before the ids."""
+    f = lambda ids: head(TABLE[jnp.concatenate([jnp.full((len(ids), 1), 2), ids[:, :-1]], 1)])
+    ledger = conservation(f, EPSILON, target=1)(IDS)
+    (row,) = [row for row in ledger if row.name == "constant ids"]
+    rows = lrp(head, EPSILON, target=1)(jnp.asarray(TABLE[np.concatenate([[[2], [2]], IDS[:, :-1]], 1)]))
+    close(row.ended, rows.sum(-1)[:, 0], 1e-10)
+    assert np.abs(ledger.gap).max() < 1e-12 * np.abs(ledger.start).max()
+    assert "constant ids" not in [row.name for row in conservation(lambda ids: head(TABLE[ids]), EPSILON)(IDS)]

@@ -179,7 +179,8 @@ def conservation(
             begun = start(value, target)
             received, rows = pull(begun)
             nowhere = [r for r, carries in zip(jax.tree.leaves(begun), body.carries, strict=True) if not carries]
-            return (_sum(begun), _sum(received), _sum(nowhere), _sum(_inexact(value))), rows
+            ids = [r for r, x in zip(received, xs, strict=True) if not jnp.issubdtype(x.dtype, jnp.inexact)]
+            return (_sum(begun), _sum(received), _sum(nowhere), _sum(_inexact(value)), _sum(ids)), rows
 
         xs = jax.tree.leaves(explained)
         mapped = target is not None and not callable(target) and jnp.ndim(target) == 1
@@ -188,11 +189,16 @@ def conservation(
         run = jax.jit(function) if not callable(target) else jax.jit(lambda xs, _, arrays: function(xs, target, arrays))
         sums, rows = run(xs, None if callable(target) else target, list(traced.arrays))
         found = [row for i, title in titles.items() for row in _rows(title, np.asarray(rows[i], np.float64), batched)]
-        begun, received, nowhere, values = (np.atleast_1d(np.asarray(a, np.float64)) for a in sums)
+        begun, received, nowhere, values, ids = (np.atleast_1d(np.asarray(a, np.float64)) for a in sums)
         if batched:
             _check_independent(fun(*args, **kwargs), values)
         if not all(body.carries):
             found.append(_ended("outputs without relevance", nowhere))
+        embedded = [row for row in found if row.kind == "embedding"]
+        if embedded:  # a start token that the model joins to the ids is embedded as they are, and not explained
+            joined = sum(row.passed for row in embedded) - ids
+            if np.abs(joined).max() > 1e-6 * max(row.size.max() for row in embedded):
+                found.append(_ended("constant ids", joined))
         return Ledger(tuple(found), begun, received)
 
     return audited

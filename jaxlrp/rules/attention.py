@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from ..program import Equation
+from ..single import multiplies
 from .arithmetic import divide, stabilise
 from .base import Layer, Rule, check_choice, check_number, rule
 
@@ -39,7 +40,7 @@ class Attention(Rule):
         def share(e: Equation, operands: list[Any]) -> list[Any]:
             if self.weights == "constant":
                 return list(map(jax.lax.stop_gradient, operands)) if e.primitive is p.exp_p else operands
-            return list(map(_half, operands)) if e.primitive is p.dot_general_p else operands
+            return list(map(_half, operands)) if e.primitive is p.dot_general_p and not multiplies(e) else operands
 
         _, pull = jax.vjp(lambda *xs: layer.apply_with(share, *xs), *layer.inputs)
         divisor = stabilise(layer.output, self.epsilon)
