@@ -318,12 +318,12 @@ def _probes(body: Body, ops: Sequence[Op], watched: Sequence[int]) -> dict[int, 
 
 
 def start(value: Any, target: Target) -> Any:
-    """The start relevance for an output: a pytree like it."""
+    """The start relevance for an output: a pytree like it, of complex numbers as `rules.by_parts` says."""
     if target is None:
         return jax.tree.map(_own_value, value)
     if callable(target):
         return _called(value, target)
-    return jax.tree.map(lambda y: jnp.where(_chosen(y, target) > 0, y, 0), _single(value, target))
+    return jax.tree.map(lambda y: jnp.where(_chosen(y, target) > 0, jnp.conj(y), 0), _single(value, target))
 
 
 def _own_value(y: jax.Array) -> Any:
@@ -373,7 +373,7 @@ def _called(value: Any, target: Callable) -> Any:
             return _own_value(y)
         if jnp.shape(r) != y.shape:
             raise TargetError(f"the target's start relevance has shape {jnp.shape(r)}, the output {y.shape}")
-        return vary(jnp.asarray(r, y.dtype), varying(jax.typeof(y)))
+        return vary(jnp.conj(jnp.asarray(r, y.dtype)), varying(jax.typeof(y)))
 
     return jax.tree.map(fit, begun, value)
 

@@ -137,6 +137,8 @@ def _probe(op: Op, lengths: tuple[int, ...]) -> Row:
     core, slot = op.linear.core, op.linear.slot
     if op.kind == "conv" and slot == 1:
         raise InputError(f"{op.name} ({op.source}): a convolution whose kernel is the data has no units to learn from")
+    if core.primitive is _compat.RAGGED_DOT:
+        raise InputError(f"{op.name} ({op.source}): a ragged product's groups get no patterns; loop over them")
     kernel = core.inputs[1 - slot].aval.shape
     units = (kernel_axes(core, core.inputs[slot]) or {}).values()
     narrow = tuple(n if i in units else 1 for i, n in enumerate(kernel))

@@ -458,6 +458,8 @@ case(
     lambda: patterns.fit(lambda x: lax.scan(lambda x, w: (x @ w, None), x, draw(5, 2, 4, 4))[0], [X]),
     "other weights in other iterations of a scan .. loop over layers in Python",
 )
+RAGGED = lambda x: lax.ragged_dot(x, SQUARE[None], jnp.asarray([3]))
+case(InputError, lambda: patterns.fit(RAGGED, [X]), "dense[0] (test_errors.py: .. ragged product's groups .. loop over")
 case(InputError, lambda: patterns.fit(head, [(HEAD, X), ({"head": {"kernel": -W}}, X)], 1), "head .. in other batches")
 case(
     InputError,

@@ -113,10 +113,10 @@ def in_proportion(
     s = divide(relevance, divisor)
     _, pull = jax.vjp(layer.apply, *layer.inputs)
     received = [by_parts(jnp.multiply, x, g) for x, g in zip(layer.inputs, pull(s), strict=True)]
-    if policy == "absorb":
-        layer.book("ended" if layer.op.stopped else "bias", lambda: by_parts(jnp.multiply, s, layer.offset))
-    elif policy == "distribute" and layer.op.kind in ("scale", "batch_norm"):
+    if policy == "distribute" and layer.op.kind in ("scale", "batch_norm"):
         received[0] += s * layer.offset
+    elif policy != "ignore":
+        layer.book("ended" if layer.op.stopped else "bias", lambda: by_parts(jnp.multiply, s, layer.offset))
     layer.book("stabiliser", lambda: by_parts(jnp.multiply, s, divisor - z))
     layer.book("dropped", lambda: by_parts(lambda z, r: jnp.where(z == 0, r, 0), divisor, relevance))
     return tuple(received)
