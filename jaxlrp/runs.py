@@ -26,7 +26,6 @@ Axes = dict[int, int]  # axis of a value -> axis of the kernel
 _SAME_SHAPE = frozenset((
     p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.name_p, _compat.pvary_p,
 ))  # fmt: skip
-_OVER_DEVICES = PSUMS | {_compat.reduce_scatter_p}
 _MOVES = _SAME_SHAPE | {p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p}
 _SHIFTS = frozenset((p.add_p, p.sub_p))
 _FACTORS = frozenset((p.mul_p, p.div_p, p.neg_p))
@@ -56,6 +55,12 @@ def _is_core(graph: Graph, e: Equation) -> bool:
         )
     alone = len(graph.data(e)) == len(graph.derived(e)) == 1
     return alone and linear_in(e, data_slots(graph, e)) and not multiplies(e)
+
+
+def _over_devices(e: Equation) -> bool:
+    """Whether `e` is a sum over devices, and over nothing else: axes that `vmap` made of names are numbers."""
+    total = e.primitive in PSUMS and not any(isinstance(a, int) for a in e.params["axes"])
+    return total or e.primitive is _compat.reduce_scatter_p
 
 
 def parameter_step(graph: Graph, e: Equation) -> Atom | None:
@@ -96,7 +101,7 @@ def _forward(graph: Graph, core: Equation, kind: str) -> Draft:
             break
         if kind == "resize" and kind_of(e.primitive) == "dense" and _interpolates(graph, e):
             pass
-        elif e.primitive in _MOVES | _OVER_DEVICES:
+        elif e.primitive in _MOVES or _over_devices(e):
             moved = _move(axes or {}, e)
             # a pool keeps its shape: the reshape after it belongs to the dense layer that it prepares
             if moved is None or (axes is None and _long(e.inputs[0]) != _long(e.outputs[0])):

@@ -51,7 +51,7 @@ _SELECTS = {p.gather_p: 1, p.dynamic_slice_p: 1, p.convert_element_type_p: 0}
 def carrier_of(value: Any) -> Any:
     """What is differentiated for an explained argument: itself, or the carrier of its ids."""
     value = jnp.asarray(value)
-    return jnp.zeros(value.shape, float) if jnp.issubdtype(value.dtype, jnp.integer) else value
+    return jnp.zeros_like(value, float) if jnp.issubdtype(value.dtype, jnp.integer) else value
 
 
 def carrying(value: Any, carrier: Any) -> Any:
@@ -66,7 +66,7 @@ def plain(value: Any) -> Any:
 def tokenise(value: Any, wanted: bool) -> Any:
     """`value` as a token if that is wanted, else as plain ids; both ends of a loop must agree."""
     if wanted and not isinstance(value, Token):
-        return Token(value, jnp.zeros(jnp.shape(value), float))
+        return Token(value, jnp.zeros_like(value, float))
     return value if wanted else plain(value)
 
 

@@ -422,6 +422,64 @@ def test_half_precision(check_vma):
     close(got, right, 0.05)
 
 
+# ---------------------------------------------------------------------------------------------------- what is in models
+
+
+@VMA
+def test_tokens(check_vma):
+    """Ids by batch, explained from without and on each device; and a table of which each device has some rows."""
+    ids, table = jnp.asarray(np.random.default_rng(7).integers(0, 8, (8, 5))), X
+
+    def f(embed, ids, table, v):
+        return jax.nn.relu(embed(table, ids)).mean(1) @ v
+
+    def part(table, ids):
+        own = ids - 2 * lax.axis_index("d")
+        return lax.psum(jnp.where(((own >= 0) & (own < 2))[..., None], table[jnp.clip(own, 0, 1)], 0.0), "d")
+
+    whole = partial(f, lambda table, ids: table[ids])
+    right = explained(whole, ids, table, U, rows=ROWS)
+    for g, ins, out in ((whole, BATCH, P("d")), (partial(f, part), (P(), P("d"), P()), P())):
+        close(explained(sharded(g, ins, out, check_vma), ids, table, U, rows=ROWS), right)
+    close(jax.jit(sharded(lrp(whole, ROWS[1]), BATCH, P("d"), check_vma))(ids, table, U), right[1][1])
+
+
+@VMA
+def test_attention_by_heads(check_vma):
+    """Each device has a head; it is one Op there too."""
+    x, out = draw(8, 2, 6, 8), draw(9, 4, 4, 5)
+    weights = draw(10, 3, 8, 16)
+
+    def f(total, x, weights, out):
+        q, k, v = ((x @ w).reshape(*x.shape[:2], -1, 4) for w in weights)
+        return total(jnp.einsum("bthd,hdo->bto", jax.nn.dot_product_attention(q, k, v), out))
+
+    ins = P(), P(None, None, "d"), P("d")
+    g, whole = sharded(partial(f, lambda y: lax.psum(y, "d")), ins, P(), check_vma), partial(f, lambda y: y)
+    rows = ROWS[1], composites.attnlrp(), composites.cp_lrp()
+    close(explained(g, x, weights, out, rows=rows), explained(whole, x, weights, out, rows=rows), 1e-11)
+    assert [row.kind for row in plan(g, ROWS[1])(x, weights, out)] == ["dense"] * 3 + ["attention", "dense"]
+
+
+@VMA
+def test_batch_norm_in_training(check_vma):
+    """With statistics of the whole batch, as Flax computes them over devices."""
+    net = nn.Sequential([nn.Dense(6), nn.BatchNorm(use_running_average=False, axis_name="d"), nn.Dense(3)])
+    alone = nn.Sequential([nn.Dense(6), nn.BatchNorm(use_running_average=False), nn.Dense(3)])
+    variables = nets.randomise(jax.eval_shape(alone.init, jax.random.key(0), X))
+
+    def run(net, variables, x):
+        return net.apply(variables, x, mutable=["batch_stats"])[0]
+
+    rows = [
+        Composite([(select.kind("batch_norm"), rule)]) + ROWS[1] for rule in (rules.Pass(), rules.ConstantStatistics())
+    ]
+    f = sharded(partial(run, net), (P(), P("d")), P("d"), check_vma)
+    assert [row.kind for row in plan(f, rows[0], argnums=1)(variables, X)] == ["dense", "batch_norm", "dense"]
+    got, right = (explained(g, variables, X, rows=rows, argnums=1) for g in (f, partial(run, alone)))
+    close(got, right, 1e-10)
+
+
 # ---------------------------------------------------------------------------------------------------- names, layers
 
 

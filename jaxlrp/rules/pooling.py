@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -104,16 +105,21 @@ class AbsoluteShare(Rule):
 
 
 def _among_devices(e: Equation, layer: Layer, relevance: jax.Array, ties: str) -> jax.Array:
-    """The winner among the devices of a shard_map."""
+    """The winner among the devices of a shard_map, and along axes: those that `vmap` made of names are numbers."""
     (x,) = layer.inputs
     over = {"axis_name": e.params["axes"], "axis_index_groups": e.params["axis_index_groups"]}
-    wins = x == layer.output
+    numbers = [a for a in e.params["axes"] if isinstance(a, int)]
+    names = tuple(a for a in e.params["axes"] if not isinstance(a, int))
+    wins = x == jnp.expand_dims(layer.output, numbers)
     if ties == "first":
-        device = jax.lax.axis_index(over["axis_name"])
-        wins &= device == jax.lax.pmin(jnp.where(wins, device, np.iinfo(np.int32).max), **over)
+        shape = [n if i in numbers else 1 for i, n in enumerate(x.shape)]
+        order = jnp.arange(math.prod(shape)).reshape(shape)
+        order += order.size * jax.lax.axis_index(names) if names else 0
+        first = jax.lax.pmin(jnp.where(wins, order, np.iinfo(order.dtype).max), **over)
+        wins &= order == jnp.expand_dims(first, numbers)
     # the transpose of the sum tells every device what arrived, of which each may hold a part
     count, pull = jax.vjp(lambda wins: jax.lax.psum(wins, **over), wins.astype(x.dtype))
-    return wins * pull(relevance)[0] / count
+    return wins * pull(relevance / count)[0]
 
 
 def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:

@@ -24,7 +24,7 @@ def equal_shares(layer: Layer, relevance: jax.Array, takers: Sequence[Atom]) -> 
     counts = [sum(t is v for t in takers) for v in layer.op.inputs]
     each = relevance / len(takers)
     copies = [
-        jax.linear_transpose(lambda x: jnp.broadcast_to(x, each.shape), jax.ShapeDtypeStruct(s, each.dtype))(each)
+        jax.linear_transpose(lambda x: jnp.broadcast_to(x, each.shape), jax.lax.full_like(each, 0, shape=s))(each)
         for s in layer.op.in_shapes
     ]
     return tuple(n * r for n, (r,) in zip(counts, copies, strict=True))
