@@ -17,7 +17,7 @@ from jax.extend.core import primitives as p
 
 from . import _compat
 from .kinds import PSUMS
-from .program import Constant, Equation, Value
+from .program import Atom, Equation, Value
 
 Range = tuple[float, float]
 ANY: Range = (-np.inf, np.inf)
@@ -74,10 +74,18 @@ def interleaved(e: Equation, maker: Mapping[Value, Equation]) -> list[Equation]:
     pads = [maker[a] for a in e.inputs if isinstance(a, Value) and a in maker]
     if e.primitive is not p.add_p or len(pads) != 2 or any(x.primitive is not p.pad_p for x in pads):
         return []
-    filled = [isinstance(a := x.inputs[1], Constant) and np.asarray(a.value) == 0 for x in pads]
+    filled = [_is_zero(x.inputs[1], maker) for x in pads]
     one, other = map(_padded, pads)
     apart = any(a.isdisjoint(b) for a, b in zip(one, other, strict=True))
     return pads if all(filled) and apart else []
+
+
+def _is_zero(atom: Atom, maker: Mapping[Value, Equation]) -> bool:
+    """Whether it is the literal 0, perhaps handed to the devices of a shard_map."""
+    if isinstance(atom, Value):
+        e = maker.get(atom)
+        return e is not None and e.primitive is _compat.pvary_p and _is_zero(e.inputs[0], maker)
+    return bool(np.all(np.asarray(atom.value) == 0))
 
 
 def _padded(pad: Equation) -> list[set[int]]:

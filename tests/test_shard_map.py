@@ -21,6 +21,7 @@ import nets
 from jaxlrp import Composite, composites, lrp, plan, rewrite, rules, select, value_and_lrp
 from jaxlrp.errors import UnknownPrimitiveError
 from jaxlrp.evaluate import conservation
+from jaxlrp.nn import local_response_norm
 from nets import LOCAL, close, draw, explained, quick_compilation, same  # noqa: F401
 
 pytestmark = pytest.mark.smoke
@@ -77,6 +78,22 @@ def test_tensor_parallel_for_every_rule(check_vma):
     right = explained(partial(deep, lambda y: y), *args, rows=LOCAL.values(), target=1)
     close(explained(f, *args, rows=LOCAL.values(), target=1), right)
     assert [row.kind for row in plan(f, nets.SOME[0])(*args)] == ["dense", "activation", "dense", "activation", "dense"]
+
+
+def convolutional(total, x, kernel, wide, scale, bias):
+    """The second convolution's channels are added up over devices, a BatchNorm and a bias follow."""
+    x = jax.nn.relu(nets.conv(x, kernel))
+    return jax.nn.relu(total(nets.conv(x, wide)) * lax.rsqrt(scale**2 + 1) + bias)
+
+
+@VMA
+def test_channel_parallel_for_every_rule(check_vma):
+    args = draw(11, 2, 4, 4, 3), draw(12, 3, 3, 3, 8), draw(13, 3, 3, 8, 2), draw(14, 2), draw(15, 2)
+    ins = P(), P(None, None, None, "d"), P(None, None, "d"), P(), P()
+    f = sharded(partial(convolutional, lambda y: lax.psum(y, "d")), ins, P(), check_vma)
+    got, right = (explained(g, *args, rows=LOCAL.values()) for g in (f, partial(convolutional, lambda y: y)))
+    close(got, right)
+    assert [row.kind for row in plan(f, nets.SOME[0])(*args)] == ["conv", "activation"] * 2
 
 
 @VMA
@@ -229,6 +246,39 @@ def test_recognised_as_on_one_device(check_vma):
         rows, right = (plan(f, ROWS[0])(X, W, V) for f in (sharded(device, ins, out, check_vma), plain))
         assert [(row.name, row.kind) for row in rows] == [(row.name, row.kind) for row in right]
         assert rows[1].kind == name
+
+
+LAYERS = {
+    "gelu by hand": lambda x: 0.5 * x * (1 + jnp.tanh(0.8 * (x + 0.04 * x**3))),
+    "leaky": lambda x: jnp.maximum(x, 0.1 * x),
+    "logaddexp": lambda x: jnp.logaddexp(x, 2 * x),
+    "prefix sums": lambda x: lax.associative_scan(jnp.add, x, axis=1),
+    "max_pool": lambda x: nets.pool(x[..., None, None], lax.max, -np.inf, 1),
+    "local response": lambda x: local_response_norm(x[:, None]),
+    "rms_norm": lambda x: x * lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6),
+    "attention": lambda x: jax.nn.dot_product_attention(*(x.reshape(-1, 2, 1, 4),) * 3, is_causal=True),
+    "padding": lambda x: jnp.pad(x, ((0, 0), (1, 1))) @ draw(16, 10, 2),
+}
+
+
+@VMA
+def test_numbers_are_numbers_on_devices(check_vma):
+    """By types a number is handed to the devices before they use it; layers are told by their numbers all the same."""
+    for name, layer in LAYERS.items():
+        f = sharded(layer, P("d"), P("d"), check_vma)
+        rows, right = ([(name, row.name, row.kind) for row in plan(g, ROWS[0])(X)] for g in (f, layer))
+        assert rows == right
+
+
+def test_modified_gradients():
+    """Which look at the sign of what arrives, and for upper bounds of ReLUs."""
+    f = lambda x, w, v: jax.nn.relu6(x @ w) @ v
+    for composite in (composites.guided_backprop(), composites.deconvnet(), composites.beta_smooth()):
+        g = sharded(lambda x, w, v: lax.psum(jax.nn.relu(f(x, w, v)), "d"), TENSOR, P(), True)
+        parts = lambda x, w, v: sum(
+            jax.nn.relu(f(x, w[:, i : i + 4], v[i : i + 4])) for i in range(0, 16, 4)
+        )  # fmt: skip
+        close(jax.jit(lrp(g, composite))(X, W, V), jax.jit(lrp(parts, composite))(X, W, V))
 
 
 @VMA

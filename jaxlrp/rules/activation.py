@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
+from .. import _compat
 from ..program import Atom, Constant, Op, leaves
 from .arithmetic import divide
 from .base import NORMS, Layer, Rule, broadcasts, check_number, rule
@@ -123,7 +124,7 @@ def upper_bound(op: Op) -> float | None:
             highest = min(highest, bounds[0])
         elif e.primitive is p.clamp_p and len(bounds) == 2:
             lowest, highest = max(lowest, bounds[0]), min(highest, bounds[1])
-        elif e.primitive in (p.convert_element_type_p, p.copy_p, p.broadcast_in_dim_p):
+        elif e.primitive in (p.convert_element_type_p, p.copy_p, p.broadcast_in_dim_p, _compat.pvary_p):
             known.update({e.outputs[0]: bounds[0]} if bounds else {})
         else:
             return None
