@@ -25,7 +25,15 @@ def _made_by(fun: Callable, *shapes: tuple[int, ...]) -> Any:
 
 
 def _traced(fun: Callable, *shapes: tuple[int, ...]) -> Any:
-    return jax.make_jaxpr(fun)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).eqns
+    """The equations of `fun`; in a thread of its own, as who imports this may be tracing, or have set a mesh."""
+    args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(jax.make_jaxpr(fun), *args).result().eqns
+
+
+def _on_each_device(x: jax.Array) -> Any:
+    total, gathered = lax.psum(x, "i"), lax.all_gather(x, "i", tiled=True, to="invarying")
+    return lax.pcast(total, "i", to="varying"), lax.psum_scatter(x, "i", tiled=True), gathered
 
 
 def _reshard(x: jax.Array) -> jax.Array:
@@ -73,26 +81,25 @@ CALLS = (
 REFERENCE = tuple({type(f) for e in _traced(_referring, ()) for f in e.effects})
 
 
-def _primitives() -> tuple[Any, ...]:
-    """Those of `shard_map` that JAX keeps without a public name, read off a program that is never run."""
-
-    def on_each(x: jax.Array) -> Any:
-        return lax.pcast(lax.psum(x, "i"), "i", to="varying"), lax.psum_scatter(x, "i", tiled=True)
-
-    mesh = AbstractMesh((1,), ("i",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
-    (outer,) = jax.make_jaxpr(mapped)(jax.ShapeDtypeStruct((1,), "float32")).eqns
-    return outer.primitive, *(e.primitive for e in outer.params["jaxpr"].eqns)
-
-
-# in a thread of its own: who imports this may be tracing, or have set a mesh
-with ThreadPoolExecutor(1) as _thread:
-    shard_map_p, psum_invariant_p, pvary_p, reduce_scatter_p = _thread.submit(_primitives).result()
+# of shard_map, and what it is made of
+_mesh = AbstractMesh((1,), ("i",), axis_types=(AxisType.Auto,))
+(_mapped,) = _traced(jax.shard_map(_on_each_device, mesh=_mesh, in_specs=P("i"), out_specs=(P("i"), P("i"), P())), (1,))
+shard_map_p = _mapped.primitive
+psum_invariant_p, all_gather_invariant_p, pvary_p, reduce_scatter_p = (
+    e.primitive for e in _mapped.params["jaxpr"].eqns
+)
 
 
 def varying(aval: Any) -> frozenset[Any]:
     """The mesh axes along which a value may differ between devices, by its type (under `check_vma`)."""
     return aval.mat.varying if hasattr(aval, "mat") else getattr(aval, "vma", frozenset())
+
+
+def differentiable(eqn: Any) -> Any:
+    """`eqn`, or what has its derivative: jax 0.10 is off by a factor at all_gather(to="invarying") without types."""
+    if eqn.primitive is all_gather_invariant_p and not varying(eqn.invars[0].aval):
+        return eqn.replace(primitive=p.all_gather_p, params={**eqn.params, "axis_index_groups": None})
+    return eqn
 
 
 def vary(x: Any, axes: Any) -> Any:

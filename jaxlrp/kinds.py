@@ -57,7 +57,8 @@ STRUCTURAL = frozenset((
     p.dynamic_update_slice_p, p.pad_p, p.concatenate_p, p.rev_p, p.gather_p, p.select_n_p, p.convert_element_type_p,
     p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p, lax.split_p,
     p.scatter_p, p.sort_p, p.top_k_p, p.approx_top_k_p, lax.optimization_barrier_p, p.select_and_gather_add_p,
-    p.real_p, p.imag_p, p.complex_p, p.all_gather_p, p.all_to_all_p, p.ppermute_p, _compat.pvary_p, *_compat.MOVES,
+    p.real_p, p.imag_p, p.complex_p, p.all_gather_p, p.all_to_all_p, p.ppermute_p, _compat.pvary_p,
+    _compat.all_gather_invariant_p, *_compat.MOVES,
 ))  # fmt: skip
 
 # sums over the devices of a shard_map
@@ -140,6 +141,10 @@ _WITHOUT_RULE = {
         "bcoo_sum_duplicates bcoo_todense bcoo_transpose bcsr_dot_general bcsr_extract bcsr_fromdense bcsr_todense "
         "coo_fromdense coo_matmat coo_matvec coo_todense csr_fromdense csr_matmat csr_matvec csr_todense spsolve "
         "todense"
+    ),
+    "it has no rule across devices; write lax.psum, psum_scatter, all_gather, all_to_all or ppermute": (
+        "all_gather_reduced pbroadcast pbroadcast_dynamic ragged_all_to_all preduced reduced_vary_cast "
+        "reduced_vary_cast_p unreduced_psum unreduced_reduce_scatter vary_unreduced_cast vary_unreduced_cast_p"
     ),
     "it is one of JAX's experimental types; write the same with arrays": (
         "box_get box_set new_box log_extend log_read new_log call_hi_primitive to_edtype from_edtype"

@@ -170,7 +170,7 @@ def _open(
         return Constant(v.val, v.aval) if isinstance(v, jex.Literal) else env[v]
 
     nodes: list[Equation] = []
-    for eqn in body.eqns:
+    for eqn in map(_compat.differentiable, body.eqns):
         operands = tuple(read(v) for v in eqn.invars)
         scan = as_scan(eqn, [_known(a, constants) for a in operands]) if eqn.primitive is p.while_p else None
         if scan is not None:

@@ -167,6 +167,11 @@ def mixed(x, w, v):
     return lax.dynamic_slice_in_dim(V[:8], 2 * lax.axis_index("d"), 2) @ hidden @ v
 
 
+def gathered(x):
+    """What all devices have, which types know."""
+    return lax.all_gather(x, "d", tiled=True, to="invarying")
+
+
 def all_to_all(x, w, v):
     """From examples to features and back, for a sum along all examples."""
     columns = jnp.cumsum(lax.all_to_all(x, "d", 1, 0, tiled=True), 0)
@@ -199,6 +204,9 @@ PROGRAMS = {
     "all_gather": Program(mixed, BATCH, P("d"), lambda x, w, v: V[:8] @ jax.nn.relu(x @ w) @ v),
     "all_gather of weights": Program(
         lambda x, w, v: mlp(x, lax.all_gather(w, "d", tiled=True), v), (P("d"), P("d"), P()), P("d"), mlp
+    ),
+    "all_gather for all": Program(
+        lambda x, w, v: gathered(jax.nn.relu(x @ w)) @ v, BATCH, P(), lambda x, w, v: jax.nn.relu(x @ w) @ v
     ),
     "ppermute": Program(partial(ring, FORWARD), BATCH, P("d"), partial(ring, BACK)),
     "ppermute in scan": Program(partial(ring_in_scan, FORWARD), BATCH, P("d"), partial(ring_in_scan, BACK)),
