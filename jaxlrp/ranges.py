@@ -29,8 +29,8 @@ _MOVES = frozenset((
     p.reshape_p, p.transpose_p, p.broadcast_in_dim_p, p.squeeze_p, p.slice_p, p.pad_p, p.concatenate_p, p.rev_p,
     p.copy_p, p.reduce_precision_p, p.sharding_constraint_p, p.device_put_p, p.name_p, p.stop_gradient_p, lax.split_p,
     p.reduce_max_p, p.reduce_min_p, p.cummax_p, p.cummin_p, p.reduce_window_max_p, p.reduce_window_min_p,
-    *_compat.MOVES, _compat.pvary_p, _compat.all_gather_invariant_p, p.all_gather_p, p.all_to_all_p, p.pmax_p,
-    p.pmin_p,
+    p.sort_p, lax.optimization_barrier_p, p.all_gather_p, p.all_to_all_p, p.pmax_p, p.pmin_p,
+    *_compat.MOVES, _compat.pvary_p, _compat.all_gather_invariant_p,
 ))  # fmt: skip
 
 

@@ -17,14 +17,14 @@ COMPOSITES = {
     "cp_lrp": composites.cp_lrp(),
     "gates, plus": GATES + composites.epsilon_plus(),
 }
-# besides epsilon, the composite that one would choose; the others are slow tests
+# the composite that one would choose; the others are slow tests
 OWN = dict.fromkeys(("CNN", "ResNet", "DenseNet", "U-Net", "LSTM seq2seq", "VAE"), "gates, plus")
 
 
 @pytest.mark.parametrize(
     ("name", "preset"),
     [
-        pytest.param(name, preset, marks=[] if preset in ("epsilon", OWN.get(name, "attnlrp")) else pytest.mark.slow)
+        pytest.param(name, preset, marks=[] if preset == OWN.get(name, "attnlrp") else pytest.mark.slow)
         for name in ZOO
         for preset in COMPOSITES
     ],

@@ -76,7 +76,7 @@ class Uniform(Rule):
 
 def by_operands(op: Op) -> bool:
     """Whether whole operands are multiplied, or added, element by element."""
-    return op.kind == "add" or leaves(op.steps)[-1].primitive in (p.mul_p, p.div_p)
+    return op.kind == "add" or (op.kind == "product" and leaves(op.steps)[-1].primitive in (p.mul_p, p.div_p))
 
 
 def _added(layer: Layer, values: Sequence[jax.Array]) -> jax.Array:
