@@ -10,7 +10,7 @@ import numpy as np
 
 from .composites import Composite, base
 from .errors import InputError, NoRuleError, SelectorError, UnknownPrimitiveError
-from .kinds import EXCEPTIONS
+from .kinds import EXCEPTIONS, UNDIFFERENTIABLE
 from .program import Op
 from .rules import Flat, Gradient, Pass, Rule, WSquare, ZBox
 
@@ -151,7 +151,13 @@ def _unknown(op: Op, on_unknown: str) -> Rule:
     where = f"relevance arrives at the primitive {op.primitive!r} ({op.source})"
     round_it = 'to let the gradient through, pass on_unknown="gradient"'
     if op.primitive in EXCEPTIONS:
-        raise UnknownPrimitiveError(f"{where}: {EXCEPTIONS[op.primitive]}; {round_it}")
+        hint = "" if op.primitive in UNDIFFERENTIABLE else f"; {round_it}"
+        raise UnknownPrimitiveError(f"{where}: {EXCEPTIONS[op.primitive]}{hint}")
+    if op.primitive in ("custom_jvp_call", "custom_vjp_call"):
+        raise UnknownPrimitiveError(
+            f"{where}: a function with a derivative of its own, around something that relevance cannot pass (a loop of "
+            f'unknown length, a callback); to use that derivative, pass on_unknown="gradient"'
+        )
     if any(np.issubdtype(v.aval.dtype, np.complexfloating) for v in (*op.inputs, op.output)):
         raise UnknownPrimitiveError(
             f"{where}, which is no sum, product or modulus of complex numbers; write it with their .real and .imag, or "

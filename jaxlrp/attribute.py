@@ -16,13 +16,14 @@ from ._compat import vary, varying
 from .assign import Plan, assign, is_end
 from .composites import Composite
 from .errors import InputError, SelectorError, TargetError
-from .facts import infer, prune
+from .facts import infer, loses_tokens, prune
 from .interpret import Interpreter, Settings, around, device_counts, lead
 from .places import place
 from .program import Atom, Body, Constant, Op, leaves
 from .recognise import recognise
 from .rules import Gradient, Layer, Rule, broadcasts
 from .select import Selector
+from .source import source_of
 from .tokens import carrier_of, carrying
 from .trace import Traced, trace
 
@@ -37,15 +38,18 @@ def analyse(
     traced = trace(fun, args, kwargs, argnums, tokens)
     facts = dict(traced.facts)
     infer(traced.block, facts)
+    lost = [e for e in traced.block.equations if loses_tokens(e, facts)]
     reached = prune(traced.block, facts, traced.block.outputs)
-    for i, title in zip(traced.explained, traced.titles, strict=True):
-        value = traced.block.inputs[i]
-        if argnums is not None and facts[value].token and value not in reached:
-            raise InputError(
-                f"the explained argument {title} has dtype {value.aval.dtype} and selects nothing that relevance "
-                f"reaches: integers are explained as ids that index an embedding; relevance of other numbers needs a "
-                f"floating-point input, write .astype(jnp.float32)"
-            )
+    ids = {traced.block.inputs[i]: t for i, t in zip(traced.explained, traced.titles, strict=True)}
+    ids = {value: title for value, title in ids.items() if facts[value].token}
+    if argnums is not None and ids and reached.isdisjoint(ids):
+        value, title = next(iter(ids.items()))
+        where = f"; what is made of them ends in {lost[-1].primitive} ({source_of(lost[-1].eqn)})" if lost else ""
+        raise InputError(
+            f"the explained argument {title} has dtype {value.aval.dtype} and selects nothing that relevance reaches: "
+            f"integers are explained as ids that index an embedding{where}; relevance of other numbers needs a "
+            f"floating-point input, write .astype(jnp.float32)"
+        )
     body = recognise(traced.block, facts)
     _check_devices(body)
     return traced, place(body, [traced.block.inputs[i] for i in traced.explained])

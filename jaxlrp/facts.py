@@ -83,6 +83,11 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
     return [fact_of(facts, a) for a in block.outputs]
 
 
+def loses_tokens(e: Equation, facts: Facts) -> bool:
+    """Whether `e` reads explained ids and gives nothing through which relevance would find them."""
+    return any(fact_of(facts, a).token for a in e.inputs) and not any(facts[v].relevant for v in e.outputs)
+
+
 def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:
     """Takes `data` from what no relevance arriving at `wanted` can reach; returns what it can.
 

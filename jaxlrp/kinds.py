@@ -155,6 +155,8 @@ _WITHOUT_RULE = {
     ),
 }  # fmt: skip
 
+# of these JAX has no derivative either
+UNDIFFERENTIABLE = frozenset(("while", *_WITHOUT_RULE["it is computed outside JAX; write it in jax.numpy"].split()))
 EXCEPTIONS = {name: reason for reason, names in _WITHOUT_RULE.items() for name in names.split()}
 
 # output element i reads element i (or the broadcast one) of each operand
@@ -164,6 +166,7 @@ ELEMENTWISE = frozenset((
     p.round_p, p.is_finite_p, p.eq_p, p.ne_p, p.lt_p, p.le_p, p.gt_p, p.ge_p, p.and_p, p.or_p, p.not_p, p.xor_p,
 ))  # fmt: skip
 
+CUSTOM = frozenset((p.custom_jvp_call_p, p.custom_vjp_call_p))
 WRAPPERS = frozenset((
     p.jit_p, p.custom_jvp_call_p, p.custom_vjp_call_p, p.remat_p, p.closed_call_p, p.call_p, *_compat.CALLS,
 ))  # fmt: skip

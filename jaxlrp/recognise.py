@@ -1,9 +1,9 @@
 """Block -> Body: equations grouped into Ops, wrappers closed again where no Op crosses them.
 
-Order of claims: embeddings, softmax, attention, norms, local response normalisation, activations, linear runs,
-interleavings, trees of adds, runs of scales, and what nothing claims stays an Op of one equation. An Op computes all
-that it is made of (what is read elsewhere too is computed there as well), so replacing it by a `custom_vjp` whose
-forward pass is its own equations never changes the forward value.
+Order of claims: embeddings, softmax, attention, norms, local response normalisation, shifts by a maximum, activations,
+linear runs, interleavings, trees of adds, runs of scales, and what nothing claims stays an Op of one equation. An Op
+computes all that it is made of (what is read elsewhere too is computed there as well), so replacing it by a
+`custom_vjp` whose forward pass is its own equations never changes the forward value.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .ranges import interleaved
 from .response import claim_response
 from .runs import claim_linear, parameter_step
 from .single import classify, in_complex_numbers
-from .softmax import claim_softmax
+from .softmax import claim_shifts, claim_softmax
 from .source import source_of
 from .tokens import embeds
 
@@ -42,6 +42,7 @@ def recognise(block: Block, facts: Facts) -> Body:
     claim_attention(graph)
     claim_norms(graph)
     claim_response(graph)
+    claim_shifts(graph)
     claim_activations(graph)
     claim_linear(graph)
     _claim_interleavings(graph)

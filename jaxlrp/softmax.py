@@ -19,6 +19,7 @@ from .program import Equation, Value
 
 _MOVES = STRUCTURAL | {p.convert_element_type_p, p.copy_p, p.reduce_precision_p, p.stop_gradient_p}
 _GUARDS = PSUMS | {p.add_p, p.max_p, p.abs_p, p.pmax_p}  # over devices, sums and maxima go on
+_MAXIMA = frozenset((p.reduce_max_p, p.scatter_max_p, p.cummax_p))
 _LABELS = {p.div_p: "softmax", p.sub_p: "log_softmax", p.add_p: "logsumexp"}
 
 
@@ -37,6 +38,27 @@ def claim_softmax(graph: Graph) -> None:
             kind = "max_pool"  # a smooth maximum
         if graph.sealed(region, e.outputs[0]):
             graph.claim(Draft(kind, label, region, e.outputs[0], e))
+
+
+def claim_shifts(graph: Graph) -> None:
+    """x - max(x), over axes or segments, in what is no softmax that is known: the shift cancels later on, x passes.
+
+    As a sum it would be zero at the largest element, and relevance there would be divided by that.
+    """
+    for e in graph.equations:
+        if e.primitive is not p.sub_p or not graph.free(e) or not graph.carries(e):
+            continue
+        entry = e.inputs[0]
+        if len(set(graph.derived(e))) != 2 or graph.dominator(graph.derived(e)) is not entry:
+            continue
+        region = graph.between(e, entry) if isinstance(entry, Value) and graph.fact(entry).data else []
+        found = {r.primitive for r in region} - {p.sub_p}
+        if found & _MAXIMA and found <= _MAXIMA | _MOVES | {p.max_p}:
+            outside = [v for r in region for v in r.outputs if r is not e and graph.read_outside(v, region)]
+            if graph.sealed(region, e.outputs[0], outside):
+                shared = graph.needed(region, outside)
+                own = [r for r in region if r not in shared]
+                graph.claim(Draft("activation", "shift", own, e.outputs[0], e, shared=shared))
 
 
 def _entry(graph: Graph, e: Equation) -> Value | None:

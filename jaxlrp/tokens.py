@@ -43,9 +43,14 @@ _MOVES: dict[Any, tuple[int, ...]] = {
 # index arithmetic, element by element
 _SHIFTS = frozenset((
     p.add_p, p.sub_p, p.mul_p, p.div_p, p.rem_p, p.neg_p, p.max_p, p.min_p, p.clamp_p, p.convert_element_type_p,
+    p.and_p, p.or_p, p.xor_p, p.not_p, p.shift_left_p, p.shift_right_logical_p, p.shift_right_arithmetic_p, p.abs_p,
+    p.integer_pow_p,
 ))  # fmt: skip
-# where integers select numbers: from which operand on they are indices
-_SELECTS = {p.gather_p: 1, p.dynamic_slice_p: 1, p.convert_element_type_p: 0}
+# where integers select numbers: which operands say what is selected; of a one-hot vector, the comparison
+_SELECTS = {
+    p.gather_p: slice(1, None), p.dynamic_slice_p: slice(1, None),
+    p.convert_element_type_p: slice(None), p.select_n_p: slice(1),
+}  # fmt: skip
 
 
 def carrier_of(value: Any) -> Any:
@@ -91,7 +96,11 @@ def compares_with_all(e: Equation, tokens: Sequence[bool], counts: Collection[An
 def embeds(e: Equation, tokens: Sequence[bool]) -> bool:
     """Whether ids become numbers here: a row of a table, a one-hot vector, the id itself as a number."""
     becomes = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in e.outputs)
-    return becomes and e.primitive in _SELECTS and any(tokens[_SELECTS[e.primitive] :])
+    if not becomes or e.primitive not in _SELECTS:
+        return False
+    onehot = e.primitive in (p.convert_element_type_p, p.select_n_p)  # an id as a number, a mask, is no embedding
+    compared = e.inputs[0].aval.dtype == bool
+    return any(tokens[_SELECTS[e.primitive]]) and (compared or not onehot)
 
 
 def evaluate(e: Equation, values: list[Any]) -> list[Any]:

@@ -21,8 +21,8 @@ from jax.extend.core import primitives as p
 from . import _compat
 from .counted import as_scan
 from .errors import InputError
-from .kinds import LOOPS, WRAPPERS
-from .program import Atom, Block, Constant, Equation, Fact, Value, Wrapper
+from .kinds import CUSTOM, EXCEPTIONS, LOOPS, WRAPPERS
+from .program import Atom, Block, Constant, Equation, Fact, Value, Wrapper, leaves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,6 +182,12 @@ def _open(
             inner = _compat.closed(next(eqn.params[name] for name in _compat.BODIES if name in eqn.params))
             key = object()
             children, results = _open(inner, operands, constants, (*scopes, key))
+            if eqn.primitive in CUSTOM and any(str(e.primitive) in EXCEPTIONS for e in leaves(children)):
+                # relevance cannot pass what is inside, but the derivative that the user wrote can
+                made = tuple(Value(v.aval) for v in eqn.outvars)
+                env.update(zip(eqn.outvars, made, strict=True))
+                nodes.append(Equation(eqn, body, operands, made, scopes))
+                continue
             # a wrapper's results are the very values of its body, so that data flow sees through it
             env.update(zip(eqn.outvars, results, strict=True))
             outputs = cast("tuple[Value, ...]", tuple(results))

@@ -220,6 +220,11 @@ for value, dtype in ((np.arange(4), "int64"), (X > 0, "bool"), (X + 1j, "complex
         )
 case(
     UnknownPrimitiveError,
+    lambda: run(lambda x: jax.scipy.special.expi(x), EPSILON, X),
+    "custom_jvp_call .. test_errors.py .. derivative of its own .. on_unknown",
+)
+case(
+    UnknownPrimitiveError,
     lambda: lrp(lambda i, j: jnp.ones((4, 3, 2))[i, j], EPSILON, (0, 1))(np.arange(2), np.arange(2)),
     "gather at test_errors.py .. several indices .. table[i]",
 )

@@ -57,6 +57,8 @@ LOOKUPS: dict[str, Callable] = {
     "scan": lambda ids: lax.scan(lambda c, i: (c, TABLE[i]), 0, ids.T)[1].swapaxes(0, 1),
     "scan with ids in the carry": looped,
     "cut and joined": lambda ids: TABLE[jnp.concatenate([ids[:, :2], ids[:, 2:]], 1)],
+    "masked by bits": lambda ids: TABLE[ids & 7],
+    "one-hot by where": lambda ids: jnp.where(ids[..., None] == jnp.arange(7), 1.0, 0.0) @ TABLE,
     "padded": lambda ids: TABLE[jnp.pad(ids, ((0, 0), (1, 0)))][:, 1:],
     "updated": lambda ids: TABLE[jnp.zeros((2, 5), int).at[:, 1:].set(ids)][:, 1:],
     "chosen": lambda ids: TABLE[jnp.where(ids == 100, 0, ids)],
@@ -96,6 +98,21 @@ def test_masks_and_positions_made_of_ids_carry_nothing():
     expected = lrp(lambda rows: head((rows + positions) * kept), EPSILON)(jnp.asarray(TABLE[IDS])).sum(-1)
     close(lrp(f, EPSILON, 1)(TABLE, IDS), expected, 1e-12)
     assert expected[0, 1] == 0
+
+
+@pytest.mark.parametrize("where", [False, True])
+def test_a_mask_beside_the_ids_has_none(where):
+    """However it is applied; a leaf that selects nothing is no error where another one does."""
+    batch = {"ids": IDS, "mask": (IDS != 0).astype(int)}
+
+    def f(batch):
+        rows, mask = TABLE[batch["ids"]], batch["mask"][..., None]
+        return head(jnp.where(mask > 0, rows, 0) if where else rows * mask)
+
+    relevance = lrp(f, EPSILON)(batch)
+    expected = lrp(lambda rows: head(rows * (IDS != 0)[..., None]), EPSILON)(jnp.asarray(TABLE[IDS])).sum(-1)
+    close(relevance["ids"], expected, 1e-12)
+    assert not relevance["mask"].any()
 
 
 def test_several_arguments_ids_among_them():
@@ -144,7 +161,7 @@ def test_a_model_with_its_plan_ledger_and_layers():
 
 
 def test_ids_that_select_nothing_are_an_error():
-    with pytest.raises(InputError, match=r"0 \(ids\) has dtype int64 and selects nothing"):
+    with pytest.raises(InputError, match=r"0 \(ids\) has dtype int64 and selects nothing.*gt \(test_tokens.py"):
         lrp(lambda ids: (ids > 2).astype(float), EPSILON)(IDS)
     with pytest.raises(InputError, match="floating-point"):
         rewrite(lambda ids: TABLE[ids], EPSILON)(IDS)

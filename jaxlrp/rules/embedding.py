@@ -15,7 +15,7 @@ from .base import Layer, Rule, rule
 class EmbeddingSum(Rule):
     """The relevance of an id is that of the row it selects: R_t = sum_d R_td over the features d.
 
-    For rows of a table (any indexing), one-hot vectors, and ids cast to numbers. Source: Arras et al. 2017, section 3.
+    For rows of a table (any indexing) and one-hot vectors. Source: Arras et al. 2017, section 3.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset(("embedding",))
