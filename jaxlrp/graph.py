@@ -42,9 +42,7 @@ class Graph:
             for v in dict.fromkeys(e.values):
                 self.readers.setdefault(v, []).append(e)
             if not e.eqn.effects and all(self.producer.get(v) in self._literals for v in e.values):
-                # what differs between devices is none; a number that is handed to them is
-                if e.primitive is _compat.pvary_p or not any(_compat.varying(v.aval) for v in e.outputs):
-                    self._literals.add(e)
+                self._literals.add(e)
             for v in e.outputs:
                 self.producer[v] = e
         self._roots = {*block.inputs, *block.constants}
@@ -95,7 +93,7 @@ class Graph:
         with jax.ensure_compile_time_eval():
             for e in reversed(steps):
                 values = [a.value if isinstance(a, Constant) else env[a] for a in e.inputs]
-                results = values if e.primitive is _compat.pvary_p else e.evaluate(*values)
+                results = values if e.primitive is _compat.pvary_p else e.compute(values)  # on no device
                 env.update(zip(e.outputs, results, strict=True))
         return np.asarray(env[value])
 

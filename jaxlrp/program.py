@@ -116,9 +116,12 @@ class Equation:
 
     def evaluate(self, *inputs: Any) -> list[Any]:
         """The equation on these inputs: a one-equation jaxpr, so that name stacks and call conventions stay JAX's."""
+        return self.compute(self.spread(inputs))
+
+    def compute(self, inputs: Sequence[Any]) -> list[Any]:
+        """The same, of inputs whose types are as they should be."""
         single, slots = self._single
-        values = self.spread(inputs)
-        return jax.core.eval_jaxpr(single, (), *(values[i] for i in slots))
+        return jax.core.eval_jaxpr(single, (), *(inputs[i] for i in slots))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
