@@ -102,7 +102,6 @@ ANYTHING: dict[str, Callable] = {
     "by what may be zero": lambda x: 1 / jnp.tanh(x),
     "a guard of its own": lambda x: jnp.where(jnp.isnan(x - 1), x, jnp.abs(x)),
     "a number that is none": lambda x: jnp.exp(x) * np.nan,
-    "gathered": lambda x: jnp.abs(x)[jnp.argsort(x)],
     "pads that overlap": lambda x: -(jnp.pad(jnp.abs(x), (0, 1)) + jnp.pad(jnp.abs(x), (1, 0))) + x.sum(),
     "a sorted value": jnp.sort,
 }
