@@ -15,8 +15,6 @@ from jaxlrp import Composite, composites, lrp, plan, rewrite, rules, select, val
 from jaxlrp.evaluate import conservation
 from nets import close, draw, quick_compilation  # noqa: F401
 
-pytestmark = pytest.mark.smoke
-
 N, T, H, D = 2, 5, 2, 3
 Q, K, V = draw(1, N, T, H, D), draw(2, N, T, H, D), draw(3, N, T, H, D)
 CAUSAL = np.tril(np.ones((T, T), bool))
@@ -306,6 +304,7 @@ def test_the_ledger_closes(composite):
     assert max(np.abs(row.gap).max() for row in ledger) < 1e-12 * size and np.abs(ledger.gap).max() < 1e-12 * size
 
 
+@pytest.mark.smoke
 def test_in_a_scan_over_layers():
     """Stacked layers in a loop are those layers one after the other."""
     kernels = draw(13, 3, 3, 6, 6)

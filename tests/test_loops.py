@@ -20,8 +20,6 @@ import nets
 from jaxlrp import Composite, lrp, plan, rules, select, value_and_lrp
 from nets import close, draw, explained, quick_compilation  # noqa: F401
 
-pytestmark = pytest.mark.smoke
-
 kind = select.kind
 # without stabilisers it makes no difference in which order a linear function is computed
 EXACT = Composite([(kind("dense", "add", "scale", "reduce", "matmul"), rules.Zero())])

@@ -15,8 +15,6 @@ from jaxlrp.errors import InputError, UnknownPrimitiveError
 from jaxlrp.evaluate import conservation
 from nets import close, draw, quick_compilation  # noqa: F401
 
-pytestmark = pytest.mark.smoke
-
 IDS = np.array([[3, 0, 5, 5], [1, 6, 2, 4]])
 TABLE, W = draw(1, 7, 4), draw(2, 4, 3)
 EPSILON = Composite([(select.kind("dense", "scale", "add", "reduce"), rules.Zero())])
@@ -136,6 +134,7 @@ def test_ids_in_two_tables_have_the_sum_of_both():
     close(lrp(f, EPSILON)(IDS), parts[0] + parts[1], 1e-9)
 
 
+@pytest.mark.smoke
 def test_a_model_with_its_plan_ledger_and_layers():
     class Classifier(nn.Module):
         @nn.compact
