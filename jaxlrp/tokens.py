@@ -32,6 +32,7 @@ _MOVES: dict[Any, tuple[int, ...]] = {
             p.reshape_p, p.transpose_p, p.broadcast_in_dim_p, p.squeeze_p, p.slice_p, p.rev_p, p.copy_p,
             p.sharding_constraint_p, p.device_put_p, p.name_p, lax.split_p, p.concatenate_p, p.pad_p, p.select_n_p,
             p.all_gather_p, p.all_to_all_p, p.ppermute_p, _compat.pvary_p, _compat.all_gather_invariant_p,
+            *_compat.MOVES,
         ),
         (),
     ),
