@@ -35,7 +35,6 @@ COMPOSITES: dict[str, dict[str, jaxlrp.Composite]] = {
     "vit": {
         "epsilon": composites.epsilon(),
         "attnlrp": composites.attnlrp(),
-        "attnlrp, constant statistics": composites.attnlrp(norm="constant_statistics"),
         "cp_lrp": composites.cp_lrp(),
     },
 }

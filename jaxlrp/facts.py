@@ -16,7 +16,7 @@ from jax.extend.core import primitives as p
 from . import _compat, ranges
 from .kinds import STRUCTURAL, kind_of
 from .program import Atom, Block, Constant, Equation, Fact, Value
-from .tokens import compares_with_all, embeds, makes_token
+from .tokens import compares_with_all, embeds, joins, makes_token
 
 Facts = dict[Value, Fact]
 
@@ -86,6 +86,14 @@ def infer(block: Block, facts: Facts) -> list[Fact]:
 def loses_tokens(e: Equation, facts: Facts) -> bool:
     """Whether `e` reads explained ids and gives nothing through which relevance would find them."""
     return any(fact_of(facts, a).token for a in e.inputs) and not any(facts[v].relevant for v in e.outputs)
+
+
+def joins_constants(block: Block, facts: Facts) -> bool:
+    """Whether constant ids are put among the explained ones, in the block or in a loop's body."""
+    return any(
+        joins(e, [fact_of(facts, a).token for a in e.inputs]) or any(joins_constants(b, facts) for b in e.bodies)
+        for e in block.equations
+    )
 
 
 def prune(block: Block, facts: Facts, wanted: Iterable[Atom]) -> set[Value]:

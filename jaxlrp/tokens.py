@@ -89,6 +89,11 @@ def _moved(e: Equation) -> Sequence[int]:
     return _MOVES[e.primitive] or range(len(e.inputs))
 
 
+def joins(e: Equation, tokens: Sequence[bool]) -> bool:
+    """Whether `e` puts constant ids among the explained ones: a start token, a pad."""
+    return e.primitive in _MOVES and makes_token(e, tokens) and not all(tokens[i] for i in _moved(e))
+
+
 def compares_with_all(e: Equation, tokens: Sequence[bool], counts: Collection[Any]) -> bool:
     """Whether `e` is the comparison of a one-hot encoding: ids == 0, 1, 2 ... (`counts`: values that count so)."""
     return e.primitive is p.eq_p and sum(tokens) == 1 and e.inputs[1 - tokens.index(True)] in counts

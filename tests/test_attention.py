@@ -177,21 +177,21 @@ def test_one_value_for_queries_keys_and_values():
 
 def test_constant_weights_are_cp_lrp():
     composite = Composite([(select.kind("attention"), rules.Attention("constant", epsilon=0.0))])
-    value, pull = jax.vjp(rewrite(jax.nn.dot_product_attention, composite, (0, 1, 2)), Q, K, V)
+    value, pull = jax.vjp(rewrite(SPELLINGS["einsum"][0], composite, (0, 1, 2)), Q, K, V)
     R = jnp.asarray(draw(5, *value.shape))
     r_q, r_k, r_v = pull(R)
     assert not np.any(r_q) and not np.any(r_k)
     close(r_v, V * jnp.einsum("nhqk,nqhd->nkhd", jax.nn.softmax(scores(Q, K)), R / value), 1e-12)
-    close(r_v.sum(), R.sum(), 1e-6)
+    close(r_v.sum(), R.sum(), 1e-10)
 
 
 def test_scores_and_weights_of_zero_lose_nothing():
     """Queries of zero give scores of zero: all keys count alike, and the values' half is not lost."""
     zero = jnp.zeros_like(Q)
-    value, pull = jax.vjp(rewrite(jax.nn.dot_product_attention, EXACT, (0, 1, 2)), zero, K, V)
+    value, pull = jax.vjp(rewrite(SPELLINGS["einsum"][0], EXACT, (0, 1, 2)), zero, K, V)
     r_q, r_k, r_v = pull(value)
     assert not np.any(r_q) and not np.any(r_k)
-    close(r_v.sum(), value.sum() / 2, 1e-6)
+    close(r_v.sum(), value.sum() / 2, 1e-12)
 
 
 def test_weights_that_are_returned_too():

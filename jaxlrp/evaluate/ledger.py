@@ -25,6 +25,7 @@ from ..assign import assign
 from ..attribute import Target, analyse, check_nan, start
 from ..composites import Composite
 from ..errors import InputError
+from ..facts import infer, joins_constants
 from ..interpret import Interpreter, Settings, lead, loops
 from ..program import Body
 from ..rules import Layer, Rule, summed
@@ -194,11 +195,10 @@ def conservation(
             _check_independent(fun(*args, **kwargs), values)
         if not all(body.carries):
             found.append(_ended("outputs without relevance", nowhere))
-        embedded = [row for row in found if row.kind == "embedding"]
-        if embedded:  # a start token that the model joins to the ids is embedded as they are, and not explained
-            joined = sum(row.passed for row in embedded) - ids
-            if np.abs(joined).max() > 1e-6 * max(row.size.max() for row in embedded):
-                found.append(_ended("constant ids", joined))
+        facts = dict(traced.facts)
+        infer(traced.block, facts)
+        if joins_constants(traced.block, facts):  # a start token is embedded as the ids are, and not explained
+            found.append(_ended("constant ids", sum(row.passed for row in found if row.kind == "embedding") - ids))
         return Ledger(tuple(found), begun, received)
 
     return audited
