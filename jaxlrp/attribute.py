@@ -327,7 +327,7 @@ def start(value: Any, target: Target) -> Any:
         return jax.tree.map(_own_value, value)
     if callable(target):
         return _called(value, target)
-    return jax.tree.map(lambda y: jnp.where(_chosen(y, target) > 0, jnp.conj(y), 0), _single(value, target))
+    return jax.tree.map(lambda y: jnp.where(chosen(y, target) > 0, jnp.conj(y), 0), _single(value, target))
 
 
 def _own_value(y: jax.Array) -> Any:
@@ -346,7 +346,7 @@ def _single(value: Any, target: Target) -> jax.Array:
     return value
 
 
-def _chosen(y: jax.Array, target: Target) -> jax.Array:
+def chosen(y: jax.Array, target: Target) -> jax.Array:
     """One-hot mask of the chosen logits, checked where the target is concrete."""
     traced = isinstance(target, jax.core.Tracer)
     index = target if traced else np.asarray(target)

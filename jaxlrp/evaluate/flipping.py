@@ -1,0 +1,285 @@
+"""Pixel flipping: how the score falls when positions are replaced in the order of their relevance.
+
+    s_k = score(x with its k most relevant positions replaced),   k = 0 .. K,   s_0 = score(x)
+
+A map that found what the network uses makes the curve fall fast when the most relevant go first (MoRF), and slowly
+when the least relevant go first (LeRF). Sources: Bach et al. 2015 (pixel flipping); Samek et al. 2017 (regions, MoRF
+and LeRF, AOPC); Petsiuk et al. 2018 (deletion and insertion); Bluecher et al. 2024 (SRG, and why the fill is to be
+stated).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from ..attribute import chosen
+from ..errors import InputError, TargetError
+from .fills import Constant, Custom, Fill, Inpaint, as_fill
+
+ORDERS = ("morf", "lerf", "random")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """One curve per example.
+
+    scores: (N, steps + 1), the first column the untouched input's (for `insertion` the filled one's).
+    fractions: (steps + 1,), the part of the positions that is replaced (for `insertion`, shown).
+    """
+
+    scores: jax.Array
+    fractions: jax.Array
+
+    def auc(self) -> jax.Array:
+        """(N,): the area under the curve over the fractions, by trapezoids, divided by their range: a mean score."""
+        width = jnp.diff(self.fractions)
+        means = (self.scores[:, 1:] + self.scores[:, :-1]) / 2
+        return means @ width.astype(means.dtype) / (self.fractions[-1] - self.fractions[0]).astype(means.dtype)
+
+    def aopc(self) -> jax.Array:
+        """(N,): 1/(K+1) sum_k (s_0 - s_k), k = 0 .. K (Samek et al. 2017, eq. 12)."""
+        return (self.scores[:, :1] - self.scores).mean(1)
+
+
+def srg(lerf: Curves, morf: Curves) -> jax.Array:
+    """(N,): AUC(LeRF) - AUC(MoRF), the symmetric relevance gain (Bluecher et al. 2024): 0 for a random order."""
+    return lerf.auc() - morf.auc()
+
+
+def pixel_flipping(
+    predict: Callable,
+    inputs: Any,
+    relevance: Any,
+    targets: Any,
+    *,
+    order: str = "morf",
+    region: int | Sequence[int] = 1,
+    steps: int | Sequence[float] | None = None,
+    fill: Any = "mean",
+    key: Any = None,
+    channels: int | None = -1,
+) -> Curves:
+    """The target's score while positions are replaced in the order of their relevance.
+
+    Args:
+      predict: any function from `inputs` to scores (N, classes), logits or probabilities; or to (N,), with
+        targets=None. It is compiled once for each function object: a `jax.tree_util.Partial(apply, params)` passes its
+        parameters as arguments, so that other parameters do not compile again.
+      inputs: (N, ..., channels): images, time series; (N, positions): token ids, or a series without channels.
+      relevance: like inputs, or without the channel axis. A position's channels are flipped together, by their sum.
+      targets: the class, or one per example.
+      order: "morf", the most relevant first; "lerf", the least; "random", by the key, whatever the relevance.
+      region: positions are flipped in tiles of this size, one number or one per position axis; a tile's relevance is
+        its sum. The last tiles are smaller where the size does not divide.
+      steps: None, one tile a step; a number, so many steps of equally many tiles (up to rounding), to the last tile;
+        or increasing fractions in (0, 1], such as jnp.geomspace(0.01, 1, 15).
+      fill: what stands in the place of a flipped position: see `evaluate.fills`. The default is the example's mean.
+      key: a `jax.random.key` for random fills and orders, and for ties, which are broken at random; None: key(0).
+      channels: which axis of the inputs holds channels, None for no such axis. Inputs (N, positions) have none.
+
+    Returns `Curves`. One compiled call: between the steps nothing leaves the device.
+
+    Raises InputError for an unknown order or fill, for shapes that do not fit, relevance with NaN, or steps out of
+    range; TargetError for a target that does not fit what `predict` returns.
+    """
+    return _curves(predict, inputs, relevance, targets, order, region, steps, fill, key, channels, False)
+
+
+def deletion(predict: Callable, inputs: Any, relevance: Any, targets: Any, **options: Any) -> Curves:
+    """`pixel_flipping` from the most relevant on (Petsiuk et al. 2018): the lower its `auc`, the better the map."""
+    return pixel_flipping(predict, inputs, relevance, targets, **{"order": "morf", **options})
+
+
+def insertion(predict: Callable, inputs: Any, relevance: Any, targets: Any, **options: Any) -> Curves:
+    """The reverse: from the filled input on, the most relevant positions are shown first (Petsiuk et al. 2018).
+
+    Options as `pixel_flipping`. The higher its `auc`, the better the map.
+    """
+    given: dict[str, Any] = {
+        "order": "morf",
+        "region": 1,
+        "steps": None,
+        "fill": "mean",
+        "key": None,
+        "channels": -1,
+    } | options
+    return _curves(predict, inputs, relevance, targets, reveal=True, **given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How positions make tiles. `axis`: that of the channels, after the examples, or None; `size`: of a tile."""
+
+    positions: tuple[int, ...]
+    size: tuple[int, ...]
+    axis: int | None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(-(-n // s) for n, s in zip(self.positions, self.size, strict=True))
+
+    @property
+    def count(self) -> int:
+        return int(np.prod(self.grid))
+
+    def channels_last(self, x: jax.Array) -> jax.Array:
+        """(N, *positions, channels)."""
+        return x[..., None] if self.axis is None else jnp.moveaxis(x, self.axis, -1)
+
+    def restored(self, x: jax.Array) -> jax.Array:
+        return x[..., 0] if self.axis is None else jnp.moveaxis(x, -1, self.axis)
+
+    def sums(self, relevance: jax.Array) -> jax.Array:
+        """(N, tiles) from relevance at the positions, (N, *positions)."""
+        fit = [(0, g * s - n) for n, g, s in zip(self.positions, self.grid, self.size, strict=True)]
+        wide = jnp.pad(relevance, [(0, 0), *fit])
+        apart = wide.reshape(len(relevance), *(v for pair in zip(self.grid, self.size, strict=True) for v in pair))
+        return apart.sum(tuple(range(2, apart.ndim, 2))).reshape(len(relevance), -1)
+
+    def spread(self, of_tiles: jax.Array) -> jax.Array:
+        """(N, *positions, 1) from (N, tiles)."""
+        out = of_tiles.reshape(len(of_tiles), *self.grid)
+        for axis, (n, s) in enumerate(zip(self.positions, self.size, strict=True), 1):
+            out = jax.lax.slice_in_dim(jnp.repeat(out, s, axis) if s > 1 else out, 0, n, axis=axis)
+        return out[..., None]
+
+
+def tiles_of(inputs: jax.Array, region: int | Sequence[int], channels: int | None) -> Tiles:
+    """The tiles of inputs (N, ...), or an InputError."""
+    if inputs.ndim < 2:
+        raise InputError(f"inputs of shape {inputs.shape}: write (examples, positions) or (examples, ..., channels)")
+    axis = None
+    if inputs.ndim > 2 and channels is not None:
+        if not isinstance(channels, int) or not -inputs.ndim < channels < inputs.ndim or channels % inputs.ndim == 0:
+            raise InputError(f"channels={channels!r}: inputs have shape {inputs.shape}; write the axis of the channels")
+        axis = channels % inputs.ndim
+    positions = tuple(n for i, n in enumerate(inputs.shape) if i not in (0, axis))
+    size = (region,) * len(positions) if isinstance(region, int) else tuple(region)
+    if len(size) != len(positions) or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in size):
+        raise InputError(f"region={region!r}: write a size >= 1, or one for each of the axes {positions}")
+    return Tiles(positions, tuple(min(s, n) for s, n in zip(size, positions, strict=True)), axis)
+
+
+def relevance_of(tiles: Tiles, inputs: jax.Array, relevance: Any) -> jax.Array:
+    """(N, tiles): the relevance of every tile, in at least float32, or an InputError."""
+    relevance = jnp.asarray(relevance)
+    alone = (len(inputs), *tiles.positions)
+    if relevance.shape not in (inputs.shape, alone):
+        raise InputError(
+            f"relevance of shape {relevance.shape} for inputs of {inputs.shape}: write {alone}, or like them"
+        )
+    if not isinstance(relevance, jax.core.Tracer) and bool(jnp.isnan(relevance).any()):
+        wrong = jnp.isnan(relevance).reshape(len(relevance), -1).any(1)
+        raise InputError(f"relevance has NaN, first in example {int(jnp.argmax(wrong))}")
+    relevance = relevance.astype(jnp.promote_types(relevance.dtype, jnp.float32))
+    if relevance.shape != alone:
+        relevance = tiles.channels_last(relevance).sum(-1)
+    return tiles.sums(relevance)
+
+
+def keys_of(key: Any, count: int) -> jax.Array:
+    """A key for each example, which depends on its place alone and not on how many there are."""
+    key = jax.random.key(0) if key is None else key
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
+
+
+def counts_of(steps: int | Sequence[float] | None, tiles: int) -> np.ndarray:
+    """How many tiles are flipped at each step, from none on, or an InputError."""
+    if steps is None:
+        return np.arange(tiles + 1)
+    if isinstance(steps, int) and not isinstance(steps, bool):
+        if not 1 <= steps <= tiles:
+            raise InputError(f"steps={steps}: there are {tiles} tiles; write a number from 1 to {tiles}")
+        return np.round(np.arange(steps + 1) * tiles / steps).astype(int)
+    fractions = np.asarray(steps, float)
+    if fractions.ndim != 1 or not len(fractions) or not (np.diff(fractions, prepend=0) > 0).all() or fractions[-1] > 1:
+        raise InputError(f"steps={steps!r}: write a number of steps, or increasing fractions in (0, 1]")
+    return np.concatenate([[0], np.round(fractions * tiles).astype(int)])
+
+
+def ranks_of(order: str, relevance: jax.Array, keys: jax.Array) -> jax.Array:
+    """(N, tiles): each tile's place in the order, ties at random."""
+    random = jax.vmap(lambda k: jax.random.uniform(k, relevance.shape[1:]))(keys)
+    signed = {"morf": -relevance, "lerf": relevance, "random": jnp.zeros_like(relevance)}[order]
+    return jnp.argsort(jnp.lexsort((random, signed), axis=-1), axis=-1)
+
+
+def _curves(
+    predict: Callable,
+    inputs: Any,
+    relevance: Any,
+    targets: Any,
+    order: str,
+    region: int | Sequence[int],
+    steps: int | Sequence[float] | None,
+    fill: Any,
+    key: Any,
+    channels: int | None,
+    reveal: bool,
+) -> Curves:
+    inputs = jnp.asarray(inputs)
+    if order not in ORDERS:
+        raise InputError(f"order={order!r}; write one of {', '.join(map(repr, ORDERS))}")
+    tiles = tiles_of(inputs, region, channels)
+    counts = counts_of(steps, tiles.count)
+    found = as_fill(fill)
+    if jnp.issubdtype(inputs.dtype, jnp.integer) and not isinstance(found, Custom | Constant):
+        raise InputError(f"fill={fill!r} for integer inputs; write the id of a mask token, or a function")
+    sums = relevance_of(tiles, inputs, relevance)
+    function = predict if isinstance(predict, Partial) else Partial(predict)
+    check_targets(_predicted.eval_shape(function, inputs), targets)
+    scores = _run(function, inputs, sums, targets, found, keys_of(key, len(inputs)), counts, order, tiles, reveal)
+    return Curves(scores, jnp.asarray(counts / tiles.count, scores.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("order", "tiles", "reveal"))
+def _run(
+    predict: Partial,
+    inputs: jax.Array,
+    relevance: jax.Array,
+    targets: Any,
+    fill: Fill,
+    keys: jax.Array,
+    counts: jax.Array,
+    order: str,
+    tiles: Tiles,
+    reveal: bool,
+) -> jax.Array:
+    """(N, steps + 1)."""
+    of_order, of_fill = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in (0, 1))
+    ranks = ranks_of(order, relevance, of_order)
+    x = tiles.channels_last(inputs)
+    replaced = x if isinstance(fill, Inpaint) else jax.vmap(fill.replacement)(of_fill, x)
+
+    def step(_: None, count: jax.Array) -> tuple[None, jax.Array]:
+        flipped = tiles.spread((ranks < count) ^ reveal)
+        y = jax.vmap(fill.inpainted)(x, flipped) if isinstance(fill, Inpaint) else jnp.where(flipped, replaced, x)
+        return None, score(predict(tiles.restored(y)), targets)
+
+    return jax.lax.scan(step, None, counts)[1].T
+
+
+_predicted = jax.jit(lambda predict, inputs: predict(inputs))
+
+
+def check_targets(value: Any, targets: Any) -> None:
+    """Raises TargetError unless `predict`'s output, or its shape, has these targets."""
+    if targets is not None:
+        chosen(value, targets)
+    elif getattr(value, "ndim", None) != 1:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(value)]
+        raise TargetError(f"targets=None: predict returned {shapes}, not one number per example; write their classes")
+
+
+def score(value: jax.Array, targets: Any) -> jax.Array:
+    """(N,): each example's score for its target; targets=None: what `predict` returned."""
+    return value if targets is None else jnp.where(chosen(value, targets) > 0, value, 0).sum(-1)
