@@ -1,6 +1,6 @@
 """Small convolutional networks with local response normalisation, trained here: no package ships weights of one.
 
-    python benchmarks/experiments/nets.py cifar --data data --seeds 0 1 2 3 4 --epochs 10        # needs optax
+    python benchmarks/experiments/networks.py cifar --data data --seeds 0 1 2 3 4 --epochs 10        # needs optax
 
 writes networks/cifar-0.npz and so on below --data: float32 weights and the test accuracy.
 """
