@@ -153,14 +153,14 @@ class Tiles:
         return out[..., None]
 
 
-def tiles_of(inputs: jax.Array, region: int | Sequence[int], channels: int | None) -> Tiles:
-    """The tiles of inputs (N, ...), or an InputError."""
+def tiles_of(inputs: jax.Array, region: int | Sequence[int], channels: int | None, name: str = "inputs") -> Tiles:
+    """The tiles of inputs (N, ...), or an InputError that calls them by their name."""
     if inputs.ndim < 2:
-        raise InputError(f"inputs of shape {inputs.shape}: write (examples, positions) or (examples, ..., channels)")
+        raise InputError(f"{name} of shape {inputs.shape}: write (examples, positions) or (examples, ..., channels)")
     axis = None
     if inputs.ndim > 2 and channels is not None:
         if not isinstance(channels, int) or not -inputs.ndim < channels < inputs.ndim or channels % inputs.ndim == 0:
-            raise InputError(f"channels={channels!r}: inputs have shape {inputs.shape}; write the axis of the channels")
+            raise InputError(f"channels={channels!r}: {name} of shape {inputs.shape}; write the axis of the channels")
         axis = channels % inputs.ndim
     positions = tuple(n for i, n in enumerate(inputs.shape) if i not in (0, axis))
     size = (region,) * len(positions) if isinstance(region, int) else tuple(region)
@@ -190,6 +190,57 @@ def keys_of(key: Any, count: int) -> jax.Array:
     """A key for each example, which depends on its place alone and not on how many there are."""
     key = jax.random.key(0) if key is None else key
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flipping:
+    """What is flipped and who scores it. `relevance`: (N, tiles)."""
+
+    predict: Partial
+    inputs: jax.Array
+    relevance: jax.Array
+    targets: Any
+    fill: Fill
+    key: Any
+
+    def keys(self, purpose: int) -> jax.Array:
+        """A key for each example, others for every purpose."""
+        return jax.vmap(lambda k: jax.random.fold_in(k, purpose))(keys_of(self.key, len(self.inputs)))
+
+    def scores(self, tiles: Tiles) -> Callable[[jax.Array], jax.Array]:
+        """A function of the flipped tiles, (N, tiles) bool, to the scores without them, (N,)."""
+        x, fill = tiles.channels_last(self.inputs), self.fill
+        replaced = x if isinstance(fill, Inpaint) else jax.vmap(fill.replacement)(self.keys(1), x)
+
+        def without(flipped: jax.Array) -> jax.Array:
+            at = tiles.spread(flipped)
+            y = jax.vmap(fill.inpainted)(x, at) if isinstance(fill, Inpaint) else jnp.where(at, replaced, x)
+            return score(self.predict(tiles.restored(y)), self.targets)
+
+        return without
+
+
+def flipping_of(
+    predict: Callable,
+    inputs: Any,
+    relevance: Any,
+    targets: Any,
+    region: int | Sequence[int],
+    fill: Any,
+    key: Any,
+    channels: int | None,
+) -> tuple[Flipping, Tiles]:
+    """The user's arguments, checked: InputError and TargetError as `pixel_flipping` says."""
+    inputs = jnp.asarray(inputs)
+    tiles = tiles_of(inputs, region, channels)
+    found = as_fill(fill)
+    if jnp.issubdtype(inputs.dtype, jnp.integer) and not isinstance(found, Custom | Constant):
+        raise InputError(f"fill={fill!r} for integer inputs; write the id of a mask token, or a function")
+    sums = relevance_of(tiles, inputs, relevance)
+    function = as_partial(predict)
+    check_targets(called.eval_shape(function, inputs), targets)
+    return Flipping(function, inputs, sums, targets, found, key), tiles
 
 
 def counts_of(steps: int | Sequence[float] | None, tiles: int) -> np.ndarray:
@@ -226,49 +277,32 @@ def _curves(
     channels: int | None,
     reveal: bool,
 ) -> Curves:
-    inputs = jnp.asarray(inputs)
     if order not in ORDERS:
         raise InputError(f"order={order!r}; write one of {', '.join(map(repr, ORDERS))}")
-    tiles = tiles_of(inputs, region, channels)
+    flipping, tiles = flipping_of(predict, inputs, relevance, targets, region, fill, key, channels)
     counts = counts_of(steps, tiles.count)
-    found = as_fill(fill)
-    if jnp.issubdtype(inputs.dtype, jnp.integer) and not isinstance(found, Custom | Constant):
-        raise InputError(f"fill={fill!r} for integer inputs; write the id of a mask token, or a function")
-    sums = relevance_of(tiles, inputs, relevance)
-    function = predict if isinstance(predict, Partial) else Partial(predict)
-    check_targets(_predicted.eval_shape(function, inputs), targets)
-    scores = _run(function, inputs, sums, targets, found, keys_of(key, len(inputs)), counts, order, tiles, reveal)
+    scores = _run(flipping, counts, order, tiles, reveal)
     return Curves(scores, jnp.asarray(counts / tiles.count, scores.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("order", "tiles", "reveal"))
-def _run(
-    predict: Partial,
-    inputs: jax.Array,
-    relevance: jax.Array,
-    targets: Any,
-    fill: Fill,
-    keys: jax.Array,
-    counts: jax.Array,
-    order: str,
-    tiles: Tiles,
-    reveal: bool,
-) -> jax.Array:
+def _run(flipping: Flipping, counts: jax.Array, order: str, tiles: Tiles, reveal: bool) -> jax.Array:
     """(N, steps + 1)."""
-    of_order, of_fill = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in (0, 1))
-    ranks = ranks_of(order, relevance, of_order)
-    x = tiles.channels_last(inputs)
-    replaced = x if isinstance(fill, Inpaint) else jax.vmap(fill.replacement)(of_fill, x)
+    ranks = ranks_of(order, flipping.relevance, flipping.keys(0))
+    score_without = flipping.scores(tiles)
 
     def step(_: None, count: jax.Array) -> tuple[None, jax.Array]:
-        flipped = tiles.spread((ranks < count) ^ reveal)
-        y = jax.vmap(fill.inpainted)(x, flipped) if isinstance(fill, Inpaint) else jnp.where(flipped, replaced, x)
-        return None, score(predict(tiles.restored(y)), targets)
+        return None, score_without((ranks < count) ^ reveal)
 
     return jax.lax.scan(step, None, counts)[1].T
 
 
-_predicted = jax.jit(lambda predict, inputs: predict(inputs))
+called = jax.jit(lambda function, *args: function(*args))
+
+
+def as_partial(function: Callable) -> Partial:
+    """A function as an argument of a compiled one, which is compiled once for each function object."""
+    return function if isinstance(function, Partial) else Partial(function)
 
 
 def check_targets(value: Any, targets: Any) -> None:
