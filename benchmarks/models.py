@@ -53,6 +53,28 @@ class ResNet50(nn.Module):
         return nn.Dense(self.classes)(x.mean((1, 2)))
 
 
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al. 2016) at inference."""
+
+    classes: int = 1000
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def conv_bn(x: jax.Array, width: int, size: int, stride: int = 1) -> jax.Array:
+            x = nn.Conv(width, (size, size), (stride, stride), padding=size // 2, use_bias=False)(x)
+            return nn.BatchNorm(use_running_average=True)(x)
+
+        x = nn.relu(conv_bn(x, 64, size=7, stride=2))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        for stage in range(4):
+            width = 64 * 2**stage
+            for block in range(2):
+                stride = 2 if stage > 0 and block == 0 else 1
+                y = conv_bn(nn.relu(conv_bn(x, width, size=3, stride=stride)), width, size=3)
+                x = nn.relu(y + (conv_bn(x, width, size=1, stride=stride) if stride > 1 else x))
+        return nn.Dense(self.classes)(x.mean((1, 2)))
+
+
 class CNN(nn.Module):
     """A small network: four times convolution, BatchNorm, relu, max-pool; then one dense layer."""
 
@@ -67,7 +89,7 @@ class CNN(nn.Module):
         return nn.Dense(self.classes)(x.reshape(len(x), -1))
 
 
-MODELS: dict[str, nn.Module] = {"vgg16": VGG16(), "resnet50": ResNet50(), "cnn": CNN()}
+MODELS: dict[str, nn.Module] = {"vgg16": VGG16(), "resnet50": ResNet50(), "resnet18": ResNet18(), "cnn": CNN()}
 
 
 def randomise(shapes: Any, seed: int = 0) -> Any:

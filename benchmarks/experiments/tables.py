@@ -16,11 +16,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from faithfulness import FILLS, LAYERS, REGION, STEPS
+from faithfulness import FILLS, LAYERS, REGION, SHOWN, STEPS
 from scipy import stats
 
 CHAIN = list(LAYERS)
-SHOWN = ["sensitivity", "gradient x input", "epsilon 0.01, identity", "beta 1, identity"]
 # The founding talk's figures: AUC(Taylor) - AUC(identity).
 TALK = {
     "ImageNet": {"epsilon 1": -35.84, "epsilon 0.01": -26.84, "epsilon 100": 8.47, "beta 1": 0.29, "beta 0": 1.98},
@@ -55,7 +54,7 @@ def over_networks(values: np.ndarray) -> dict[str, Any]:
 
 def comparisons(areas: Areas, fill: str) -> dict[str, dict[str, Any]]:
     """What is claimed of the areas of most relevant first: each a difference that is negative where it holds."""
-    morf = {key.split("|")[0]: values for key, values in areas.items() if key.endswith(f"|{'morf'}|{fill}")}
+    morf = {key.split("|")[0]: values for key, values in areas.items() if key.endswith(f"|morf|{fill}")}
     morf["random"] = areas[f"random|random|{fill}"]
     pairs = [(method, other) for method in SHOWN[1:] for other in ("random", "sensitivity")] + [
         ("sensitivity", "random")
@@ -94,10 +93,10 @@ def page(name: str, areas: Areas, accuracies: list[float], images: int) -> tuple
     for fill in FILLS[name]:
         rows = []
         for method in methods:
-            orders = ["random"] if method == "random" else ["morf", "lerf", "srg"]
-            found = {order: over_networks(areas[f"{method}|{order}|{fill}"]) for order in orders}
+            measured = [order for order in ("random", "morf", "lerf", "srg") if f"{method}|{order}|{fill}" in areas]
+            found = {order: over_networks(areas[f"{method}|{order}|{fill}"]) for order in measured}
             numbers["areas"][f"{method}|{fill}"] = found
-            rows.append([method, *(shown(found[order]) for order in orders), *[""] * (3 - len(orders))])
+            rows.append([method, *(shown(found[order]) for order in measured), *([""] * (3 - len(measured)))])
         text += [f"## Fill: {fill}\n", table(["method", "most relevant first", "least first", "SRG"], rows)]
         claims = numbers["differences"][fill] = comparisons(areas, fill)
         rows = [[claim, shown(v), f"{v['below zero']}/{v['networks']}"] for claim, v in claims.items()]

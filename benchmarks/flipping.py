@@ -1,0 +1,149 @@
+"""Pixel flipping in units of the network's own forward pass, beside Quantus on the same network in PyTorch.
+
+    python benchmarks/flipping.py --json flipping.json   # with torch, torchvision and quantus
+
+ResNet-18 with random weights, `--batch` images, `--steps` steps. The forward pass is the jitted (in PyTorch: no-grad)
+network on the same batch, as often as the run calls it. A round runs everything once, in an order that rotates from
+round to round; ratios compare times of the same round. PyTorch runs with each number of threads of `--threads`; XLA
+takes all cores.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+import models
+from jaxlrp import evaluate
+
+Runs = dict[str, Callable[[], Any]]
+
+
+def of_jaxlrp(images: np.ndarray, relevance: np.ndarray, targets: np.ndarray, steps: int) -> Runs:
+    apply, params, _ = models.build("resnet18", images.shape[1])
+    forward = jax.jit(apply)
+    predict = jax.tree_util.Partial(apply, params)
+    x = jax.numpy.asarray(images)
+
+    def passes() -> None:
+        for _ in range(steps + 1):
+            scores = forward(params, x)
+        scores.block_until_ready()
+
+    def flipping() -> None:
+        options = {"steps": steps, "fill": evaluate.fills.Constant(0.0)}
+        evaluate.pixel_flipping(predict, x, relevance, targets, **options).scores.block_until_ready()
+
+    return {"jaxlrp: forward passes": passes, "jaxlrp: pixel_flipping": flipping}
+
+
+def of_quantus(images: np.ndarray, relevance: np.ndarray, targets: np.ndarray, steps: int, threads: list[int]) -> Runs:
+    import quantus
+    import torch
+    import torchvision
+
+    model = torchvision.models.resnet18(weights=None).eval()
+    channels_first = np.ascontiguousarray(np.moveaxis(images, -1, 1))
+    x, maps = torch.from_numpy(channels_first), np.ascontiguousarray(np.moveaxis(relevance, -1, 1))
+    features = -(-channels_first[0].size // steps)
+
+    def passes(count: int) -> None:
+        torch.set_num_threads(count)
+        with torch.no_grad():
+            for _ in range(steps):  # Quantus has no step 0
+                model(x)
+
+    def flipping(count: int) -> None:
+        torch.set_num_threads(count)
+        metric = quantus.PixelFlipping(features_in_step=features, perturb_baseline="black", disable_warnings=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            metric(
+                model=model, x_batch=channels_first, y_batch=targets, a_batch=maps, device="cpu", batch_size=len(images)
+            )
+
+    runs: Runs = {}
+    for count in threads:
+        runs[f"PyTorch, threads {count}: forward passes"] = lambda count=count: passes(count)
+        runs[f"Quantus, threads {count}: pixel flipping"] = lambda count=count: flipping(count)
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--threads", type=int, nargs="*", default=[1, os.cpu_count() or 1], help="of PyTorch; none: no Quantus"
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    shape = (options.batch, options.size, options.size, 3)
+    images, relevance = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    targets = rng.integers(0, 1000, options.batch)
+    runs = of_jaxlrp(images, relevance, targets, options.steps)
+    if options.threads:
+        runs |= of_quantus(images, relevance, targets, options.steps, options.threads)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # compilation, and PyTorch's first choices of kernels
+    order = list(runs)
+    for _ in range(options.rounds):
+        for name in order:
+            begun = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - begun)
+        order = order[1:] + order[:1]
+
+    names = list(runs)
+    rows = {}
+    for forward, flipped in zip(names[::2], names[1::2], strict=True):
+        own = median(a / b for a, b in zip(seconds[forward], seconds[flipped], strict=True))
+        rows[flipped] = {
+            "images per second": options.batch / median(seconds[flipped]),
+            "of its own forward throughput": own,
+            "jaxlrp's throughput relative to it": median(
+                a / b for a, b in zip(seconds[flipped], seconds[names[1]], strict=True)
+            ),
+        }
+        images_per_second, own, faster = rows[flipped].values()
+        print(f"{flipped:40}{images_per_second:8.2f} images/s, {own:.3f} of its own passes; jaxlrp {faster:.2f} times")
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python benchmarks/flipping.py", *sys.argv[1:]]),
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "versions": {name: installed(name) for name in ("jax", "flax", "torch", "torchvision", "quantus")},
+        **{name: getattr(options, name) for name in ("batch", "steps", "size", "rounds")},
+        "rows": rows,
+        "seconds": seconds,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
