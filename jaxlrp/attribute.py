@@ -31,11 +31,12 @@ Target = Any  # None | int | integer array | callable
 
 
 def analyse(
-    fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None, tokens: bool = True
+    fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None, **options: bool
 ) -> tuple[Traced, Body]:
+    """options: `tokens` and `custom` of `trace`."""
     if not callable(fun):
         raise InputError(f"the first argument must be a function, got {fun!r}")
-    traced = trace(fun, args, kwargs, argnums, tokens)
+    traced = trace(fun, args, kwargs, argnums, **options)
     facts = dict(traced.facts)
     infer(traced.block, facts)
     lost = [e for e in traced.block.equations if loses_tokens(e, facts)]

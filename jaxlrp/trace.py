@@ -83,12 +83,18 @@ def _names(fun: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
 
 
 def trace(
-    fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None, tokens: bool = True
+    fun: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    argnums: int | Sequence[int] | None,
+    tokens: bool = True,
+    custom: bool = True,
 ) -> Traced:
     """Traces `fun(*args, **kwargs)`, with relevance to arrive at the arguments `argnums` (None: at all that can).
 
-    tokens: whether integers may be explained. Arguments that are not arrays stay Python values, as under `jax.grad`;
-    leaves may be `jax.ShapeDtypeStruct`.
+    tokens: whether integers may be explained. custom: whether to open functions with a derivative of their own; False:
+    only those that read integers, where an embedding may be. Arguments that are not arrays stay Python values, as under
+    `jax.grad`; leaves may be `jax.ShapeDtypeStruct`.
 
     Raises:
       InputError: an argnum that does not exist, an explained argument of another dtype, or that is empty.
@@ -122,7 +128,7 @@ def trace(
 
     arrays = tuple(leaves[i] for i in dynamic)
     jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*arrays)
-    block = _open_block(jaxpr)
+    block = _open_block(jaxpr, custom)
     facts = {}
     for j, (value, i) in enumerate(zip(block.inputs, dynamic, strict=True)):
         mark = j in explained
@@ -149,16 +155,16 @@ def explainable(leaf: Any, name: str, argnum: int, tokens: bool = False) -> Any:
     return array
 
 
-def _open_block(jaxpr: Any) -> Block:
+def _open_block(jaxpr: Any, custom: bool) -> Block:
     jaxpr = _compat.closed(jaxpr)
     inputs = tuple(Value(v.aval) for v in jaxpr.jaxpr.invars)
     constants: dict[Value, Any] = {}
-    nodes, outputs = _open(jaxpr, inputs, constants, ())
+    nodes, outputs = _open(jaxpr, inputs, constants, (), custom)
     return Block(inputs, tuple(outputs), constants, nodes)
 
 
 def _open(
-    jaxpr: Any, inputs: Sequence[Atom], constants: dict[Value, Any], scopes: tuple[object, ...]
+    jaxpr: Any, inputs: Sequence[Atom], constants: dict[Value, Any], scopes: tuple[object, ...], custom: bool
 ) -> tuple[list[Equation], list[Atom]]:
     body = jaxpr.jaxpr
     env: dict[Any, Atom] = dict(zip(body.invars, inputs, strict=True))
@@ -174,15 +180,17 @@ def _open(
         operands = tuple(read(v) for v in eqn.invars)
         scan = as_scan(eqn, [_known(a, constants) for a in operands]) if eqn.primitive is p.while_p else None
         if scan is not None:
-            children, results = _open(scan, operands, constants, scopes)
+            children, results = _open(scan, operands, constants, scopes, custom)
             env.update(zip(eqn.outvars, results, strict=True))
             nodes += children
             continue
         if eqn.primitive in WRAPPERS:
             inner = _compat.closed(next(eqn.params[name] for name in _compat.BODIES if name in eqn.params))
             key = object()
-            children, results = _open(inner, operands, constants, (*scopes, key))
-            if eqn.primitive in CUSTOM and any(str(e.primitive) in EXCEPTIONS for e in leaves(children)):
+            children, results = _open(inner, operands, constants, (*scopes, key), custom)
+            numbers = not any(jnp.issubdtype(a.aval.dtype, jnp.integer) for a in operands)
+            closed = any(str(e.primitive) in EXCEPTIONS for e in leaves(children)) or (numbers and not custom)
+            if eqn.primitive in CUSTOM and closed:
                 # relevance cannot pass what is inside, but the derivative that the user wrote can
                 made = tuple(Value(v.aval) for v in eqn.outvars)
                 env.update(zip(eqn.outvars, made, strict=True))
@@ -195,7 +203,7 @@ def _open(
         else:
             made = tuple(Value(v.aval) for v in eqn.outvars)
             env.update(zip(eqn.outvars, made, strict=True))
-            nodes.append(Equation(eqn, body, operands, made, scopes, _bodies(eqn)))
+            nodes.append(Equation(eqn, body, operands, made, scopes, _bodies(eqn, custom)))
     return nodes, [read(v) for v in body.outvars]
 
 
@@ -205,9 +213,9 @@ def _known(atom: Atom, constants: dict[Value, Any]) -> Any:
     return None if isinstance(value, jax.core.Tracer) else value
 
 
-def _bodies(eqn: Any) -> tuple[Block, ...]:
+def _bodies(eqn: Any, custom: bool) -> tuple[Block, ...]:
     if eqn.primitive not in LOOPS:
         return ()
     if eqn.primitive is p.cond_p:
-        return tuple(_open_block(b) for b in eqn.params["branches"])
-    return (_open_block(eqn.params["jaxpr"]),)
+        return tuple(_open_block(b, custom) for b in eqn.params["branches"])
+    return (_open_block(eqn.params["jaxpr"], custom),)

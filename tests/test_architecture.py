@@ -45,6 +45,7 @@ ORDER = [
     "patterns",
     "logits",
     "functional",
+    "tiles",
     "gradients",
     "similarity",
     "nn",

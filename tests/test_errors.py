@@ -242,6 +242,26 @@ case(UnknownPrimitiveError, lambda: run(lambda x: lax.atan2(x, x[::-1])), "'atan
 case(InputError, lambda: gradients.simple_taylor(dense, root="zero"), "root='zero' .. write \"gradient\"")
 case(InputError, lambda: gradients.simple_taylor(dense, reach=0.0), "reach=0.0 .. positive")
 case(InputError, lambda: gradients.simple_taylor(dense, root=np.ones(3))(X), "reference has shapes .. (3,) .. (3, 4)")
+case(
+    InputError, lambda: gradients.integrated_gradients(dense, steps=0), "integrated_gradients(steps=0) .. positive int"
+)
+case(InputError, lambda: gradients.integrated_gradients(dense, baseline=W)(X), "reference has shapes (4, 3) .. (3, 4)")
+case(InputError, lambda: gradients.smoothgrad(dense, deviation=-1.0), "deviation=-1.0 .. samples=16 .. a number >= 0")
+case(InputError, lambda: gradients.smoothgrad(dense, of="gradient"), "of='gradient' .. gradients.gradient_x_input")
+case(InputError, lambda: gradients.occlusion(dense, region=2, stride=3)(X), "stride=3 .. from 1 to the region (2,)")
+case(InputError, lambda: gradients.occlusion(dense, region=0)(X), "region=0 .. a size >= 1")
+case(
+    InputError, lambda: gradients.occlusion(jnp.sum, channels=7)(IMAGE), "channels=8 .. write the axis of the channels"
+)
+case(InputError, lambda: gradients.occlusion(jnp.sin)(1.0), "inputs of shape (1,): write (examples, positions)")
+case(
+    InputError, lambda: gradients.occlusion(lambda i: W[i])(np.arange(3)), "occlusion of ids .. 0.0 .. of a mask token"
+)
+case(
+    InputError,
+    lambda: gradients.gradient_x_input(lambda i: i > 1)(np.arange(3)),
+    "int64 and selects nothing .. embedding",
+)
 case(InputError, lambda: run(MLP, masks=[("relu", 1.0)]), "masks=[('relu', 1.0)] .. dictionary")
 case(InputError, lambda: row(select.kind("dense"), Undecorated()), "Undecorated is no pytree .. @jaxlrp.rules.rule")
 case(InputError, lambda: rules.rule(type("R", (rules.Rule,), {"uses": {"input"}})), "R: uses={'input'} .. \"inputs\"")
