@@ -142,6 +142,12 @@ def test_one_compilation_serves_other_parameters():
     assert len(traces) == seen
 
 
+def test_targets_may_be_a_list():
+    x, predict = RNG.normal(size=(3, 4)).astype(np.float32), network((4,))
+    scores = [evaluate.pixel_flipping(predict, x, x, t, fill=0.0).scores for t in ([0, 2, 1], np.array([0, 2, 1]))]
+    np.testing.assert_array_equal(*scores)
+
+
 def test_it_runs_inside_jit():
     x, r = RNG.normal(size=(3, 4)).astype(np.float32), RNG.normal(size=(3, 4)).astype(np.float32)
     predict = network((4,))

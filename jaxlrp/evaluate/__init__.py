@@ -1,4 +1,4 @@
-"""Measuring explanations: the conservation ledger, pixel flipping, and other measures."""
+"""Measuring explanations: the conservation ledger, pixel flipping and other measures, and search by them."""
 
 from . import fills
 from .flipping import Curves, deletion, insertion, pixel_flipping, srg
@@ -14,15 +14,19 @@ from .metrics import (
     sparseness,
 )
 from .randomisation import parameter_randomisation
+from .search import Found, ascend, grid, surrogate
 
 __all__ = [
     "Curves",
+    "Found",
     "Ledger",
     "LedgerRow",
+    "ascend",
     "complexity",
     "conservation",
     "deletion",
     "fills",
+    "grid",
     "infidelity",
     "insertion",
     "max_sensitivity",
@@ -34,4 +38,5 @@ __all__ = [
     "sensitivity_n",
     "sparseness",
     "srg",
+    "surrogate",
 ]

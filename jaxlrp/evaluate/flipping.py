@@ -181,6 +181,7 @@ def flipping_of(
     sums = relevance_of(tiles, inputs, relevance)
     function = as_partial(predict)
     check_targets(called.eval_shape(function, inputs), targets)
+    targets = None if targets is None else jnp.asarray(targets)  # a list would be many arguments
     return Flipping(function, inputs, sums, targets, found, key), tiles
 
 
