@@ -1,6 +1,6 @@
 """Pixel flipping in units of the network's own forward pass, beside Quantus on the same network in PyTorch.
 
-    python benchmarks/flipping.py --json flipping.json   # with torch, torchvision and quantus
+    python benchmarks/flipping.py --json flipping.json   # with torch and quantus
 
 ResNet-18 with random weights, `--batch` images, `--steps` steps. The forward pass is the jitted (in PyTorch: no-grad)
 network on the same batch, as often as the run calls it. A round runs everything once, in an order that rotates from
@@ -48,12 +48,36 @@ def of_jaxlrp(images: np.ndarray, relevance: np.ndarray, targets: np.ndarray, st
     return {"jaxlrp: forward passes": passes, "jaxlrp: pixel_flipping": flipping}
 
 
+def torch_resnet18() -> Any:
+    """models.ResNet18 in PyTorch."""
+    from torch import nn
+
+    def conv_bn(width: int, wide: int, size: int, stride: int = 1) -> nn.Sequential:
+        conv = nn.Conv2d(width, wide, size, stride, padding=size // 2, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(wide))
+
+    class Block(nn.Module):
+        def __init__(self, width: int, wide: int, stride: int):
+            super().__init__()
+            self.branch = nn.Sequential(conv_bn(width, wide, 3, stride), nn.ReLU(inplace=True), conv_bn(wide, wide, 3))
+            self.shortcut = conv_bn(width, wide, 1, stride) if stride > 1 else nn.Identity()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Any) -> Any:
+            return self.relu(self.branch(x) + self.shortcut(x))
+
+    layers: list[Any] = [conv_bn(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
+    for stage in range(4):
+        wide = 64 * 2**stage
+        layers += [Block(wide // 2 if stage else 64, wide, 2 if stage else 1), Block(wide, wide, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+
+
 def of_quantus(images: np.ndarray, relevance: np.ndarray, targets: np.ndarray, steps: int, threads: list[int]) -> Runs:
     import quantus
     import torch
-    import torchvision
 
-    model = torchvision.models.resnet18(weights=None).eval()
+    model = torch_resnet18().eval()
     channels_first = np.ascontiguousarray(np.moveaxis(images, -1, 1))
     x, maps = torch.from_numpy(channels_first), np.ascontiguousarray(np.moveaxis(relevance, -1, 1))
     features = -(-channels_first[0].size // steps)
@@ -84,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
+    parser.add_argument("--size", type=int, default=112, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--threads", type=int, nargs="*", default=[1, os.cpu_count() or 1], help="of PyTorch; none: no Quantus"
@@ -136,7 +160,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "cpu_count": os.cpu_count(),
         "load_average": os.getloadavg(),
-        "versions": {name: installed(name) for name in ("jax", "flax", "torch", "torchvision", "quantus")},
+        "versions": {name: installed(name) for name in ("jax", "flax", "torch", "quantus")},
         **{name: getattr(options, name) for name in ("batch", "steps", "size", "rounds")},
         "rows": rows,
         "seconds": seconds,
