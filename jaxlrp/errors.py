@@ -19,3 +19,7 @@ class TargetError(ValueError):
 
 class InputError(ValueError):
     """An argument, a parameter or a rule's number is not what it must be."""
+
+
+class SweepError(RuntimeError):
+    """A sweep's folder cannot be written or read, belongs to another sweep, or its stream of batches broke off."""

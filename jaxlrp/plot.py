@@ -1,4 +1,4 @@
-"""Heat maps of relevance, on images and on text; the only file of jaxlrp that imports matplotlib.
+"""Heat maps of relevance, on images and on text. With `plot_curves`, all of jaxlrp that imports matplotlib.
 
     colour value = R / scale,    scale = max|R|    (or a percentile of |R|, or a given number: colours saturate beyond)
 
@@ -32,6 +32,10 @@ try:
     from matplotlib.textpath import text_to_path
 except ImportError as error:
     raise ImportError('jaxlrp.plot draws with matplotlib, which is missing: pip install "jaxlrp[plot]"') from error
+
+from .plot_curves import curves, ranking
+
+__all__ = ["RELEVANCE", "Text", "curves", "grid", "heatmap", "ledger", "ranking", "rgb", "text"]
 
 
 def _diverging() -> ListedColormap:

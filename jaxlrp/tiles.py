@@ -52,7 +52,7 @@ class Tiles:
         return out[..., None]
 
 
-def tiles_of(inputs: jax.Array, region: int | Sequence[int], channels: int | None, name: str = "inputs") -> Tiles:
+def tiles_of(inputs: Any, region: int | Sequence[int], channels: int | None, name: str = "inputs") -> Tiles:
     """The tiles of inputs (N, ...), or an InputError that calls them by their name."""
     if inputs.ndim < 2:
         raise InputError(f"{name} of shape {inputs.shape}: write (examples, positions) or (examples, ..., channels)")
@@ -68,7 +68,7 @@ def tiles_of(inputs: jax.Array, region: int | Sequence[int], channels: int | Non
     return Tiles(positions, tuple(min(s, n) for s, n in zip(size, positions, strict=True)), axis)
 
 
-def keys_of(key: Any, count: int) -> jax.Array:
+def keys_of(key: Any, places: jax.Array) -> jax.Array:
     """A key for each example, which depends on its place alone and not on how many there are."""
     key = jax.random.key(0) if key is None else key
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(places)

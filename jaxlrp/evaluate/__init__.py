@@ -1,4 +1,4 @@
-"""Measuring explanations: the conservation ledger, pixel flipping and other measures, and search by them."""
+"""Measuring explanations: the conservation ledger, pixel flipping and other measures, search by them, and sweeps."""
 
 from . import fills
 from .flipping import Curves, deletion, insertion, pixel_flipping, srg
@@ -14,13 +14,16 @@ from .metrics import (
     sparseness,
 )
 from .randomisation import parameter_randomisation
+from .results import Sweep, read_sweep
 from .search import Found, ascend, grid, surrogate
+from .sweep import sweep
 
 __all__ = [
     "Curves",
     "Found",
     "Ledger",
     "LedgerRow",
+    "Sweep",
     "ascend",
     "complexity",
     "conservation",
@@ -33,10 +36,12 @@ __all__ = [
     "parameter_randomisation",
     "pixel_flipping",
     "pointing_game",
+    "read_sweep",
     "relevance_mass",
     "relevance_rank",
     "sensitivity_n",
     "sparseness",
     "srg",
     "surrogate",
+    "sweep",
 ]

@@ -133,26 +133,28 @@ def relevance_of(tiles: Tiles, inputs: jax.Array, relevance: Any) -> jax.Array:
     return tiles.sums(relevance)
 
 
+def check_fill(fill: Fill, dtype: Any) -> None:
+    """Raises InputError unless inputs of this dtype can be filled so."""
+    if jnp.issubdtype(dtype, jnp.integer) and not isinstance(fill, Custom | Constant):
+        raise InputError(f"fill={fill!r} for integer inputs; write the id of a mask token, or a function")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Flipping:
-    """What is flipped and who scores it. `relevance`: (N, tiles)."""
+    """What is flipped and who scores it. `relevance`: (N, tiles). `keys`: one for each example."""
 
     predict: Partial
     inputs: jax.Array
-    relevance: jax.Array
+    relevance: Any
     targets: Any
     fill: Fill
-    key: Any
-
-    def keys(self, purpose: int) -> jax.Array:
-        """A key for each example, others for every purpose."""
-        return jax.vmap(lambda k: jax.random.fold_in(k, purpose))(keys_of(self.key, len(self.inputs)))
+    keys: jax.Array
 
     def scores(self, tiles: Tiles) -> Callable[[jax.Array], jax.Array]:
         """A function of the flipped tiles, (N, tiles) bool, to the scores without them, (N,)."""
         x, fill = tiles.channels_last(self.inputs), self.fill
-        replaced = x if isinstance(fill, Inpaint) else jax.vmap(fill.replacement)(self.keys(1), x)
+        replaced = x if isinstance(fill, Inpaint) else jax.vmap(fill.replacement)(folded(self.keys, 1), x)
 
         def without(flipped: jax.Array) -> jax.Array:
             at = tiles.spread(flipped)
@@ -160,6 +162,20 @@ class Flipping:
             return score(self.predict(tiles.restored(y)), self.targets)
 
         return without
+
+    def curves(self, ranks: jax.Array, counts: Any, tiles: Tiles, reveal: bool = False) -> jax.Array:
+        """(N, steps + 1): the scores while the tiles are replaced by their ranks (N, tiles)."""
+        score_without = self.scores(tiles)
+
+        def step(_: None, count: jax.Array) -> tuple[None, jax.Array]:
+            return None, score_without((ranks < count) ^ reveal)
+
+        return jax.lax.scan(step, None, counts)[1].T
+
+
+def folded(keys: jax.Array, purpose: int) -> jax.Array:
+    """Other keys for every purpose."""
+    return jax.vmap(lambda k: jax.random.fold_in(k, purpose))(keys)
 
 
 def flipping_of(
@@ -176,13 +192,12 @@ def flipping_of(
     inputs = jnp.asarray(inputs)
     tiles = tiles_of(inputs, region, channels)
     found = as_fill(fill)
-    if jnp.issubdtype(inputs.dtype, jnp.integer) and not isinstance(found, Custom | Constant):
-        raise InputError(f"fill={fill!r} for integer inputs; write the id of a mask token, or a function")
+    check_fill(found, inputs.dtype)
     sums = relevance_of(tiles, inputs, relevance)
     function = as_partial(predict)
     check_targets(called.eval_shape(function, inputs), targets)
     targets = None if targets is None else jnp.asarray(targets)  # a list would be many arguments
-    return Flipping(function, inputs, sums, targets, found, key), tiles
+    return Flipping(function, inputs, sums, targets, found, keys_of(key, jnp.arange(len(inputs)))), tiles
 
 
 def counts_of(steps: int | Sequence[float] | None, tiles: int) -> np.ndarray:
@@ -201,7 +216,7 @@ def counts_of(steps: int | Sequence[float] | None, tiles: int) -> np.ndarray:
 
 def ranks_of(order: str, relevance: jax.Array, keys: jax.Array) -> jax.Array:
     """(N, tiles): each tile's place in the order, ties at random."""
-    random = jax.vmap(lambda k: jax.random.uniform(k, relevance.shape[1:]))(keys)
+    random = jax.vmap(lambda k: jax.random.uniform(k, relevance.shape[1:]))(folded(keys, 0))
     signed = {"morf": -relevance, "lerf": relevance, "random": jnp.zeros_like(relevance)}[order]
     return jnp.argsort(jnp.lexsort((random, signed), axis=-1), axis=-1)
 
@@ -230,13 +245,7 @@ def _curves(
 @functools.partial(jax.jit, static_argnames=("order", "tiles", "reveal"))
 def _run(flipping: Flipping, counts: jax.Array, order: str, tiles: Tiles, reveal: bool) -> jax.Array:
     """(N, steps + 1)."""
-    ranks = ranks_of(order, flipping.relevance, flipping.keys(0))
-    score_without = flipping.scores(tiles)
-
-    def step(_: None, count: jax.Array) -> tuple[None, jax.Array]:
-        return None, score_without((ranks < count) ^ reveal)
-
-    return jax.lax.scan(step, None, counts)[1].T
+    return flipping.curves(ranks_of(order, flipping.relevance, flipping.keys), counts, tiles, reveal)
 
 
 called = jax.jit(lambda function, *args: function(*args))

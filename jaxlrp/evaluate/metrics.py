@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from ..errors import InputError
-from .flipping import Flipping, Tiles, as_partial, called, flipping_of, keys_of, relevance_of, tiles_of
+from ..tiles import Tiles, keys_of, tiles_of
+from .flipping import Flipping, as_partial, called, flipping_of, folded, relevance_of
 
 
 def sensitivity_n(
@@ -132,7 +133,7 @@ def max_sensitivity(
     if len(maps) != 1 or inputs.ndim < 1 or maps[0].shape[:1] != inputs.shape[:1]:
         shapes = [leaf.shape for leaf in maps]
         raise InputError(f"explain returned {shapes} for inputs of shape {inputs.shape}: write one map per example")
-    return _moved(function, inputs, radius, keys_of(key, len(inputs)), samples, relative)
+    return _moved(function, inputs, radius, keys_of(key, jnp.arange(len(inputs))), samples, relative)
 
 
 def sparseness(relevance: Any, *, channels: int | None = -1) -> jax.Array:
@@ -246,7 +247,7 @@ def _drawn(
     flipping: Flipping, relevance: jax.Array, size: jax.Array, samples: int, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """(N, samples) each: the relevance of random sets of tiles, and the scores without them."""
-    keys, without = flipping.keys(0), flipping.scores(tiles)
+    keys, without = folded(flipping.keys, 0), flipping.scores(tiles)
 
     def step(_: None, i: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
         chosen = jax.vmap(lambda k: jax.random.permutation(jax.random.fold_in(k, i), tiles.count) < size)(keys)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from ..errors import SelectorError
-from .flipping import as_partial, called, relevance_of, tiles_of
+from ..tiles import tiles_of
+from .flipping import as_partial, called, relevance_of
 from .metrics import correlation
 
 

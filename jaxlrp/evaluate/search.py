@@ -22,8 +22,9 @@ import numpy as np
 
 from ..composites import Composite
 from ..errors import InputError
+from ..tiles import Tiles
 from .fills import Inpaint
-from .flipping import Flipping, Tiles, counts_of, flipping_of, score
+from .flipping import Flipping, counts_of, flipping_of, folded, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,7 @@ def surrogate(
 @functools.partial(jax.jit, static_argnames=("tiles",))
 def _gain(flipping: Flipping, counts: jax.Array, weights: jax.Array, temperature: Any, tiles: Tiles) -> jax.Array:
     x, relevance = tiles.channels_last(flipping.inputs), flipping.relevance
-    filled = jax.vmap(flipping.fill.replacement)(flipping.keys(1), x)
+    filled = jax.vmap(flipping.fill.replacement)(folded(flipping.keys, 1), x)
     ordered = jnp.sort(relevance, axis=1)[:, ::-1]
     # a map that is flat has no deviation, and no slope
     variance = relevance.var(1, keepdims=True)

@@ -109,7 +109,7 @@ def smoothgrad(
             return x + jnp.asarray(deviation, x.dtype) * (x.max() - x.min()) * noise
 
         def sample(i: jax.Array) -> tuple:
-            keys = keys_of(own, len(leaves[0])) if call.batched else own
+            keys = keys_of(own, jnp.arange(len(leaves[0]))) if call.batched else own
             points = []
             for j, x in enumerate(leaves):
                 draw = lambda x, k, j=j: noisy(x, jax.random.fold_in(jax.random.fold_in(k, i), j))  # noqa: E731

@@ -1,0 +1,390 @@
+"""Sweeps: images x explainers x variants x orders x fills, streamed, spread over devices, and kept on the disk.
+
+One compiled call measures a batch by everything at once: all explanations share the forward pass, all curves are drawn
+by one compiled loop per fill, and only scores leave the device. What is random depends on the key, the batch's index
+and the example's place in it alone; so neither devices, processes nor a new start change a number.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
+
+from ..attribute import lrp
+from ..composites import Composite
+from ..errors import InputError, SweepError, TargetError
+from ..rules import PatternAttribution, PatternNet, ZBox
+from ..tiles import Tiles, keys_of, tiles_of
+from .fills import Fill, as_fill
+from .fingerprint import described, digest, named
+from .flipping import (
+    ORDERS,
+    Curves,
+    Flipping,
+    as_partial,
+    check_fill,
+    counts_of,
+    ranks_of,
+    relevance_of,
+)
+from .results import Sweep, labels_of, read_sweep, rows
+from .store import VERSIONS, Store, package
+from .stream import Batch, Layout, items, length_of, mismatch, read, reason
+
+MINUTE = 60.0  # what a kill may cost: a part is written after so many seconds, or `group` batches
+
+log = logging.getLogger(__name__)
+
+
+def sweep(
+    predict: Callable,
+    explainers: Mapping[str, Any],
+    batches: Any,
+    folder: Any,
+    *,
+    orders: Sequence[str] = ("morf", "lerf"),
+    fills: Mapping[str, Any] | None = None,
+    region: int | Sequence[int] = 1,
+    steps: int | Sequence[float] | None = None,
+    channels: int | None = -1,
+    key: Any = None,
+    mesh: Mesh | None = None,
+    group: int = 16,
+    total: int | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """`pixel_flipping` of every image by every explainer, order and fill. Started again, it goes on where it was.
+
+    Args:
+      predict: inputs -> scores (N, classes). A `jax.tree_util.Partial(apply, params)` passes its parameters as
+        arguments; what a function closes over becomes part of the compiled program.
+      explainers: {name: composite, list of composites, or function (inputs, targets) -> relevance}. A composite is
+        `lrp(predict, composite, target=targets)`; a list of them makes variants 0, 1, ... . So does a composite with
+        numbers of shape (K,), as epsilon_gamma_box(-1, 1, gamma=jnp.geomspace(0.01, 1, 16)): bounds and patterns are
+        shared by its variants, unless all its leaves are stacked. `lambda x, t: jnp.zeros_like(x)`, all of whose ties
+        are broken at random, is the random order.
+      batches: pairs (inputs, targets) of arrays, targets one class per example (or one for all): a sequence, which is
+        read by index, so that what is done costs nothing; or any iterable (Grain, a generator). An item may also be a
+        function that returns the pair. A last, smaller batch is filled up and cut again.
+      folder: for the results, a new one or that of the same sweep, in a file system that all processes see.
+      orders, fills, region, steps, channels: as in `pixel_flipping`; fills: {name: fill}, by default {"mean": "mean"}.
+      key: a `jax.random.key`; a batch is measured as by pixel_flipping(..., key=jax.random.fold_in(key, its index)).
+      mesh: examples are spread over all its devices, predict's parameters are copied to each unless they are on all
+        of them already. None: the default device. Of several processes (`jax.distributed`) each takes every count-th
+        batch on its own devices; all must be given the same stream.
+      group: batches per file; a file is also written when a minute has passed since the last one.
+      total: the number of batches, for the estimate of the time, where `batches` has no length.
+      progress: whether to show a bar.
+
+    A batch that cannot be read, holds NaN or infinity, has another shape or dtype than the first good one, or targets
+    out of range is recorded with the reason and passed over; it is not tried again. Where an explainer's relevance has
+    NaN, the scores are NaN.
+
+    Returns `Sweep`, everything in the folder by now; when other processes still work, `read_sweep` afterwards has all.
+
+    Raises SweepError for a folder that cannot be written or that holds another sweep (it names what differs; the code
+    of functions cannot be compared, the numbers they hold are), and for a generator that raised; InputError and
+    TargetError for arguments that do not fit; whatever `predict` and the explainers raise.
+    """
+    package("pyarrow.parquet")
+    variants = {name: _variants(name, e) for name, e in sorted(_named("explainers", explainers).items())}
+    filled = {name: as_fill(f) for name, f in sorted(_named("fills", fills or {"mean": "mean"}).items())}
+    if not orders or not set(orders) <= set(ORDERS) or isinstance(orders, str) or len(set(orders)) < len(orders):
+        raise InputError(f"orders={orders!r}; write some of {', '.join(map(repr, ORDERS))}, each once")
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+        raise InputError(f"group={group!r}: write how many batches a file holds, at least 1")
+    if isinstance(batches, Mapping) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise InputError(f"batches={batches!r}: write a sequence or an iterable of pairs (inputs, targets)")
+    key = jax.random.key(0) if key is None else key
+    manifest = {
+        "predict": {"function": named(predict), "numbers": digest(predict)},
+        "explainers": {
+            name: {"variants": len(each), "rules": [described(e) for e in each]} for name, each in variants.items()
+        },
+        "orders": sorted(orders),
+        "fills": {name: described(fill) for name, fill in filled.items()},
+        "region": region if isinstance(region, int) else list(region),
+        "steps": steps if steps is None or isinstance(steps, int) else np.asarray(steps, float).tolist(),
+        "channels": channels,
+        "key": [str(jax.random.key_impl(key)), *np.asarray(jax.random.key_data(key)).tolist()],
+        "float": jnp.result_type(float).name,
+        VERSIONS: {name: package(name).__version__ for name in ("jaxlrp", "jax", "pyarrow")},
+    }
+    process, count = jax.process_index(), jax.process_count()
+    store = Store(folder, manifest, process, count)
+    work = Work(predict, variants, filled, tuple(sorted(orders)), region, steps, channels, key, mesh)
+    labels = list(labels_of(manifest))
+    layout = store.layout
+    length = total if total is not None else length_of(batches)
+    own = None if length is None else len(range(process, length, count))
+    bar = _Bar(own, sum(i % count == process for i in store.done), progress and process == 0)
+    tables: dict[int, Any] = {}
+    failures: list[tuple[int, str]] = []
+    written = time.monotonic()
+    pending: Any = None  # what the devices work on while the next batch is read
+
+    def collect() -> None:
+        nonlocal pending
+        if pending is not None:
+            index, targets, results = pending
+            tables[index] = rows(index, targets, joined(results, len(targets)), labels)
+            pending = None
+            bar.step()
+
+    def append() -> None:
+        nonlocal written
+        if tables or failures:
+            store.append(tables, failures, layout)
+        tables.clear()
+        failures.clear()
+        written = time.monotonic()
+
+    with bar:
+        for index, item in items(batches):
+            if isinstance(item, SweepError):
+                collect()
+                append()
+                raise item
+            mine = index % count == process and index not in store.done
+            if not mine and layout is not None:
+                continue
+            batch, flaw = None, None
+            try:
+                batch = read(item)
+            except Exception as error:
+                flaw = reason(error)
+            if batch is not None:
+                like = layout or work.layout_of(batch)  # what predict raises here is no fault of the batch
+                flaw = mismatch(batch, like)
+                layout = layout or (None if flaw else like)
+            if mine and flaw is not None:
+                failures.append((index, flaw))
+                log.warning("batch %d is left out: %s", index, flaw)
+                bar.step()
+            elif mine and batch is not None and layout is not None:
+                results = work.start(index, batch, layout)
+                bar.tell(work)
+                collect()
+                pending = (index, batch[1], results)
+            if len(tables) + len(failures) >= group or time.monotonic() - written > MINUTE:
+                append()
+        collect()
+        append()
+    return read_sweep(store.folder)
+
+
+class Work:
+    """The computation: what it measures, where, and how long its compilation and its first batch took."""
+
+    def __init__(
+        self,
+        predict: Callable,
+        explainers: dict[str, list[Any]],
+        fills: dict[str, Fill],
+        orders: tuple[str, ...],
+        region: int | Sequence[int],
+        steps: int | Sequence[float] | None,
+        channels: int | None,
+        key: jax.Array,
+        mesh: Mesh | None,
+    ):
+        self.orders, self.region, self.steps, self.channels = orders, region, steps, channels
+        self.each: NamedSharding | None = None
+        self.whole: NamedSharding | None = None
+        if mesh is not None:
+            # The axes of one's own mesh may be typed; here only the compiler is to see that there are several devices.
+            flat = Mesh(mesh.local_mesh.devices.ravel(), ("examples",))
+            self.each, self.whole = NamedSharding(flat, P("examples")), NamedSharding(flat, P())
+        predict = as_partial(predict)
+        self.predict, self.explainers, self.fills, self.key = self._everywhere((predict, explainers, fills, key))
+        self.compiled: Any = None
+        self.seconds = (0.0, 0.0)
+
+    def _everywhere(self, tree: Any) -> Any:
+        if (whole := self.whole) is None:
+            return tree
+
+        def put(leaf: Any) -> Any:
+            there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == whole.device_set
+            return leaf if there else jax.device_put(leaf, whole)
+
+        return jax.tree.map(put, tree)
+
+    def layout_of(self, batch: Batch) -> Layout:
+        """The Layout of a first batch, or whatever is wrong with the arguments."""
+        inputs = jax.ShapeDtypeStruct(batch[0].shape, batch[0].dtype)
+        for fill in self.fills.values():
+            check_fill(fill, inputs.dtype)
+        tiles = tiles_of(inputs, self.region, self.channels)
+        fractions = counts_of(self.steps, tiles.count) / tiles.count
+        value = jax.eval_shape(self.predict, inputs)
+        if getattr(value, "ndim", None) != 2 or len(inputs) != len(value):
+            shapes = [leaf.shape for leaf in jax.tree.leaves(value)]
+            raise TargetError(
+                f"predict made {shapes} of inputs {inputs.shape}: write a function to (examples, classes)"
+            )
+        shape = tuple(inputs.shape[1:])
+        return Layout(shape, inputs.dtype.name, len(inputs), value.shape[1], tuple(fractions.tolist()))
+
+    def start(self, index: int, batch: Batch, layout: Layout) -> list[dict[str, jax.Array]]:
+        """The measurements of a batch, in calls of the layout's size, not waited for but the first time."""
+        devices = 1 if self.each is None else len(self.each.device_set)
+        size = -(-layout.size // devices) * devices
+        results = []
+        for at in range(0, len(batch[0]), size):
+            inputs, targets = (v[at : at + size] for v in batch)
+            inputs, targets = (np.concatenate([v, np.repeat(v[-1:], size - len(v), 0)]) for v in (inputs, targets))
+            data = (inputs, targets.astype(np.int32), np.arange(at, at + size, dtype=np.int32))
+            number = self._everywhere(np.uint32(index))
+            args = (self.predict, self.explainers, self.fills, self.key, number, *jax.device_put(data, self.each))
+            if self.compiled is None:
+                begun = time.monotonic()
+                tiles = tiles_of(inputs, self.region, self.channels)
+                counts = tuple(counts_of(self.steps, tiles.count).tolist())
+                self.compiled = measure.lower(*args, orders=self.orders, tiles=tiles, counts=counts).compile()
+                middle = time.monotonic()
+                results.append(jax.block_until_ready(self.compiled(*args)))
+                self.seconds = (middle - begun, time.monotonic() - middle)
+            else:
+                results.append(self.compiled(*args))
+        return results
+
+
+@functools.partial(jax.jit, static_argnames=("orders", "tiles", "counts"))
+def measure(
+    predict: Partial,
+    explainers: dict[str, list[Any]],
+    fills: dict[str, Fill],
+    key: jax.Array,
+    index: jax.Array,
+    inputs: jax.Array,
+    targets: jax.Array,
+    places: jax.Array,
+    *,
+    orders: tuple[str, ...],
+    tiles: Tiles,
+    counts: tuple[int, ...],
+) -> dict[str, jax.Array]:
+    """score, auc, aopc (N, labels) and scores (N, labels, steps + 1), labels as `results.labels_of` has them."""
+    keys = keys_of(jax.random.fold_in(key, index), places)
+    # The parameters stay arguments: they name the layers. Composites that differ in numbers alone are traced once.
+    before, rest = predict.args, predict.keywords
+    explain = jax.jit(lambda c, a, k, x, t: lrp(predict.func, c, argnums=len(a), target=t)(*a, x, **k))
+    maps = [
+        explain(e, before, rest, inputs, targets) if isinstance(e, Composite) else e(inputs, targets)
+        for each in explainers.values()
+        for e in each
+    ]
+    sums = jnp.stack([relevance_of(tiles, inputs, r) for r in maps])
+    ranks = jax.lax.map(lambda s: jnp.stack([ranks_of(o, s, keys) for o in orders]), sums)
+    ranks = ranks.reshape(-1, *ranks.shape[2:])  # (maps and orders, N, tiles)
+    steps = jnp.asarray(counts)
+    curves = [
+        jax.lax.map(lambda r, f=f: Flipping(predict, inputs, None, targets, f, keys).curves(r, steps, tiles), ranks)
+        for f in fills.values()
+    ]
+    scores = jnp.moveaxis(jnp.stack(curves, 1), 2, 0)  # (N, maps and orders, fills, steps + 1)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(len(inputs), -1, len(counts))
+    score = scores[..., 0]
+    unsound = jnp.repeat(jnp.isnan(sums).any(-1).T, len(orders) * len(fills), axis=1)
+    scores = jnp.where(unsound[..., None], jnp.nan, scores)
+    found = Curves(scores.reshape(-1, len(counts)), jnp.asarray(np.array(counts) / tiles.count, scores.dtype))
+    return {
+        "score": score,
+        "auc": found.auc().reshape(score.shape),
+        "aopc": found.aopc().reshape(score.shape),
+        "scores": scores,
+    }
+
+
+def joined(results: list[dict[str, jax.Array]], count: int) -> dict[str, np.ndarray]:
+    """The calls of one batch as one, without the rows that only fill up the last."""
+    return {name: np.concatenate([np.asarray(r[name]) for r in results])[:count] for name in results[0]}
+
+
+def _named(name: str, given: Any) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping) or not given or not all(isinstance(k, str) for k in given):
+        raise InputError(f"{name}={given!r}: write a dictionary from names to {name}, not empty")
+    return given
+
+
+def _variants(name: str, explainer: Any) -> list[Any]:
+    """The composites that an explainer stands for, or the function, as a Partial."""
+    if isinstance(explainer, Composite):
+        return unstacked(name, explainer)
+    if isinstance(explainer, list | tuple) and explainer and all(isinstance(e, Composite) for e in explainer):
+        return list(explainer)
+    if callable(explainer):
+        return [as_partial(explainer)]
+    raise InputError(f"explainers[{name!r}]={explainer!r}: write a composite, a list of them, or a function")
+
+
+def unstacked(name: str, composite: Composite) -> list[Composite]:
+    """One composite for each of the K entries that its numbers have, or itself."""
+    per_rule = [(rule, [np.asarray(v) for v in jax.tree.leaves(rule)]) for _, rule in composite.rows]
+    bounds = [v for rule, leaves in per_rule for v in leaves if isinstance(rule, _ARRAYS)]
+    numbers = [v for rule, leaves in per_rule for v in leaves if not isinstance(rule, _ARRAYS)]
+    sizes = sorted({len(v) for v in numbers if v.ndim == 1})
+    if not sizes:
+        return [composite]
+    every = all(v.ndim and len(v) == sizes[0] for v in bounds + numbers)
+    if len(sizes) > 1 or every and any(v.ndim == 1 and np.ptp(v) > 0 for v in bounds):
+        why = f"numbers of {sizes}" if len(sizes) > 1 else f"numbers and bounds, maybe of channels, of {sizes[0]}"
+        raise InputError(f"explainers[{name!r}] has {why} variants: write a list of composites")
+
+    def part(k: int, rule: Any) -> Any:
+        def entry(leaf: Any) -> Any:
+            if not np.ndim(leaf) or isinstance(rule, _ARRAYS) and not every:
+                return leaf
+            found = np.asarray(leaf)[k]
+            return found if found.ndim else found.item()  # as a person writes a number: it has no dtype
+
+        return jax.tree.map(entry, rule)
+
+    return [Composite([(s, part(k, r)) for s, r in composite.rows]) for k in range(sizes[0])]
+
+
+_ARRAYS = (ZBox, PatternNet, PatternAttribution)  # rules of which one variant has arrays
+
+
+class _Bar:
+    """The progress of one process, on stderr."""
+
+    def __init__(self, total: int | None, done: int, show: bool):
+        self.left, self.told = None if total is None else max(total - done, 0), False
+        self.bar = package("tqdm").tqdm(total=total, initial=done, unit="batch", disable=not show, file=sys.stderr)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def step(self) -> None:
+        self.left = None if self.left is None else self.left - 1
+        self.bar.update()
+
+    def tell(self, work: Work) -> None:
+        """How long it will take, once, after the first batch."""
+        if self.told:
+            return
+        self.told, (compiling, batch) = True, work.seconds
+        text = f"compiled in {compiling:.1f} s, then {batch:.3g} s a batch"
+        if self.left is not None:
+            left = max(self.left - 1, 0)
+            text += f": about {self.bar.format_interval(batch * left)} for the {left} batches left"
+        log.info(text)
+        if not self.bar.disable:
+            self.bar.write(text, file=sys.stderr)
+            self.bar.unpause()  # compiling is not counted in the bar's own estimate
