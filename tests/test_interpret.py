@@ -16,7 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import nets
-from jaxlrp import Composite, composites, lrp, plan, rewrite, rules, select, value_and_lrp
+from jaxlrp import Composite, composites, gradients, lrp, plan, rewrite, rules, select, value_and_lrp
 from nets import LOCAL, close, draw, explained, quick_compilation, same  # noqa: F401
 
 pytestmark = pytest.mark.smoke
@@ -845,6 +845,29 @@ def test_a_sum_in_half_precision_that_cancels(dtype):
     bound = 2 / float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(r_x, [bound, 2 / 3], rtol=1e-2)
     np.testing.assert_allclose(r_y, [-bound, 1 / 3], rtol=1e-2)
+
+
+def test_sums_in_half_precision_lose_nothing_where_they_are_zero():
+    """One residual sum in some 250 is exactly 0 in 8 bits: what lies below must not lose its share by that."""
+
+    def f(params, x):
+        for up, down in params:
+            x = x + jax.nn.gelu(nn.LayerNorm().apply({"params": SCALE}, x) @ up) @ down
+        return x
+
+    def off(explain):
+        full, half = (
+            np.asarray(jax.jit(explain)(*args), np.float64) for args in ((params, x), jax.tree.map(short, (params, x)))
+        )
+        return np.abs(half - full).max() / np.abs(full).max()
+
+    short = lambda v: v.astype(jnp.bfloat16)
+    wide = lambda v: short(v).astype(jnp.float32)
+    SCALE = {"scale": jnp.ones(128, jnp.bfloat16), "bias": jnp.zeros(128, jnp.bfloat16)}
+    params = jax.tree.map(wide, [(draw(i, 128, 256) / 11, draw(i + 9, 256, 128) / 16) for i in range(8)])
+    x = wide(draw(20, 32, 128))
+    yardstick = off(gradients.gradient_x_input(f, 1, 3))
+    assert off(lrp(f, composites.attnlrp(), 1, 3)) < 1.2 * yardstick < 0.1
 
 
 def test_masks_that_become_numbers_inside_a_layer():

@@ -26,7 +26,7 @@ from ..kinds import PSUMS
 from ..kinds import check as check_kind
 from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
-from .arithmetic import summed
+from .arithmetic import halved, resolved, summed
 
 T = TypeVar("T", bound=type)
 
@@ -147,9 +147,9 @@ def broadcasts(small: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 class Layer:
     """An Op with its arrays, as a rule sees it in the backward pass.
 
-    inputs: the data values, in the compute dtype. output: what the forward pass gave. `apply(*inputs)` is the layer
-    itself; `kernel` and the methods below it exist for dense and conv Ops, whose every step but the core has been
-    folded away: output = forward(active, kernel) + bias.
+    inputs: the data values, in the compute dtype. output: what the forward pass gave. In half precision both are
+    `arithmetic.resolved`. `apply(*inputs)` is the layer itself; `kernel` and the methods below it exist for dense and
+    conv Ops, whose every step but the core has been folded away: output = forward(active, kernel) + bias.
 
     books: what became of relevance that was not passed on, where a ledger asks for it ("bias", "stabiliser",
     "dropped"); else None.
@@ -168,8 +168,9 @@ class Layer:
         # the compute dtype; of complex numbers, that of their parts
         self.dtype = jnp.finfo(jnp.promote_types(op.output.aval.dtype, jnp.float32)).dtype
         self._exact = all(_dtype(v) in (None, self.dtype) for e in op.steps for v in (*e.inputs, *e.outputs))
-        self.inputs = tuple(self._cast(x) for x in inputs or ())
-        self.output = self._cast(output)
+        exact = (op.first or n for n in op.nonneg)  # such a zero is one: in the explained input, or past a ReLU
+        self.inputs = tuple(self._data(x, e) for x, e in zip(inputs or (), exact, strict=False))
+        self.output = self._data(output)
         self._params: dict[Atom, Any] = dict(zip(op.params, params or (), strict=params is not None))
 
     def apply(self, *inputs: jax.Array) -> jax.Array:
@@ -214,6 +215,10 @@ class Layer:
     def _cast(self, x: Any) -> Any:
         inexact = x is not None and jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return jnp.asarray(x, self.dtype) if inexact else x
+
+    def _data(self, x: Any, exact: bool = False) -> Any:
+        shared = self.op.kind in _BY_VALUE and x is not None and halved(x) and not exact
+        return resolved(self._cast(x), x.dtype) if shared else self._cast(x)
 
     def _run(self, steps: Sequence[Equation], env: dict[Atom, Any]) -> dict[Atom, Any]:
         for e in steps:
@@ -388,6 +393,7 @@ class Layer:
         return env[end]
 
 
+_BY_VALUE = LINEAR | NORMS | {"attention", "softmax"}  # whose rules multiply by the values of the data
 _BILINEAR = frozenset((p.mul_p, p.dot_general_p, p.conv_general_dilated_p, _compat.RAGGED_DOT))
 _MOVED = PSUMS | {
     p.reshape_p, p.transpose_p, p.squeeze_p, p.broadcast_in_dim_p, _compat.pvary_p, _compat.reduce_scatter_p

@@ -109,7 +109,7 @@ def in_proportion(
         bias = layer.bias if needs_bias else None
         return (layer.leave(share(layer, relevance, terms, layer.output, bias, policy, epsilon)),)
     z = layer.output - layer.offset if policy == "ignore" else layer.degree * layer.output
-    divisor = z if epsilon is None else stabilise(_resolved(layer, z), epsilon)
+    divisor = z if epsilon is None else stabilise(z, epsilon)
     s = divide(relevance, divisor)
     _, pull = jax.vjp(layer.apply, *layer.inputs)
     received = [by_parts(jnp.multiply, x, g) for x, g in zip(layer.inputs, pull(s), strict=True)]
@@ -120,19 +120,6 @@ def in_proportion(
     layer.book("stabiliser", lambda: by_parts(jnp.multiply, s, divisor - z))
     layer.book("dropped", lambda: by_parts(lambda z, r: jnp.where(z == 0, r, 0), divisor, relevance))
     return tuple(received)
-
-
-def _resolved(layer: Layer, z: jax.Array) -> jax.Array:
-    """A sum in half precision kept away from zero by the rounding error of its terms, z itself for anything else.
-
-    Two values of 8 bits cancel exactly every so often; relevance that arrives there would be multiplied by 1/epsilon.
-    """
-    precision = layer.op.output.aval.dtype
-    if layer.op.kind != "add" or jnp.finfo(precision).bits >= 32:
-        return z
-    sizes = (n * jnp.abs(x) for n, x in zip(layer.occurrences, layer.inputs, strict=True))
-    least = float(jnp.finfo(precision).eps) / 4 * sum(sizes)
-    return jnp.where(z >= 0, jnp.maximum(z, least), jnp.minimum(z, -least))
 
 
 def scaled(epsilon: Any, stabiliser: str, z: jax.Array) -> Any:
@@ -173,9 +160,8 @@ class Epsilon(Rule):
 
     epsilon: float >= 0; with stabiliser="relative", in units of the root mean square of z over all axes but the first
     (Montavon et al. 2019). The stabiliser absorbs epsilon / (|z| + epsilon) of each unit's relevance, the bias its
-    share b / z unless bias is "distribute" or "ignore". In half precision, |z| of a sum counts as no less than the
-    rounding error of its terms. Source: Bach et al. 2015, eq. 58. Raises InputError for a negative or NaN epsilon, or
-    another choice.
+    share b / z unless bias is "distribute" or "ignore". Source: Bach et al. 2015, eq. 58. Raises InputError for a
+    negative or NaN epsilon, or another choice.
     """
 
     epsilon: Any = 1e-6

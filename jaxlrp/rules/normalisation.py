@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
 from ..norms import ROOTS
-from ..program import Equation
-from .arithmetic import divide, stabilise
+from ..program import Equation, Op
+from .arithmetic import divide, halved, stabilise
 from .base import NORMS, Layer, Rule, check_choice, check_number, rule
 
 
@@ -41,6 +41,9 @@ class ConstantStatistics(Rule):
         check_number(self, "epsilon", minimum=0)
         check_choice(self, "mean", "propagated", "held")
 
+    def needs(self, op: Op) -> frozenset[str]:
+        return self.uses | {"output"} if halved(op.inputs[0].aval.dtype) else self.uses
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         (x,) = layer.inputs
         held = ROOTS | ({p.reduce_sum_p} if self.mean == "held" else frozenset())
@@ -50,6 +53,8 @@ class ConstantStatistics(Rule):
 
         linear = partial(layer.apply_with, constant)
         y, pull = jax.vjp(linear, x)
+        if halved(layer.op.inputs[0].aval.dtype):  # a zero of x is none here: y is what the next layer multiplied by
+            y = layer.output
         divisor = stabilise(y, self.epsilon)
         s = divide(relevance, divisor)
         (pulled,) = pull(s)
