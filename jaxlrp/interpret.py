@@ -284,6 +284,7 @@ def apply(
     def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None, Any, None]:
         rule, (inputs, params, output), mask = saved
         layer = Layer(op, inputs and list(map(plain, inputs)), params, output, books=probed)
+        rule = jax.tree.map(lambda n: layer._cast(n) if hasattr(n, "dtype") else n, rule)
         relevance = layer._cast(relevance)
         if mask is not None:
             relevance = relevance * jnp.asarray(mask, layer.dtype)

@@ -870,6 +870,15 @@ def test_sums_in_half_precision_lose_nothing_where_they_are_zero():
     assert off(lrp(f, composites.attnlrp(), 1, 3)) < 1.2 * yardstick < 0.1
 
 
+def test_numbers_of_another_dtype():
+    """A float64 number, as a stacked composite holds where JAX has float64, explains a float32 layer in float32."""
+    x, w = (jnp.asarray(draw(i, 3, 3), jnp.float32) for i in (27, 28))
+    for number in (np.float64(0.3), jnp.asarray(0.3, jnp.float64)):
+        got = lrp(lambda x: x @ w, nets.linear(rules.GeneralizedGamma(number)))(x)
+        assert got.dtype == jnp.float32
+        close(got, lrp(lambda x: x @ w, nets.linear(rules.GeneralizedGamma(0.3)))(x), 1e-6)
+
+
 def test_masks_that_become_numbers_inside_a_layer():
     """Booleans cast to float32 within a layer that computes in another dtype."""
 
