@@ -2,10 +2,11 @@
 
     python benchmarks/flipping.py --json flipping.json   # with torch and quantus
 
-ResNet-18 with random weights, `--batch` images, `--steps` steps. The forward pass is the jitted (in PyTorch: no-grad)
-network on the same batch, as often as the run calls it. A round runs everything once, in an order that rotates from
-round to round; ratios compare times of the same round. PyTorch runs with each number of threads of `--threads`; XLA
-takes all cores.
+ResNet-18 with random weights, `--batch` images, at most `--steps` steps: beside Quantus, which flips the channels of a
+pixel one by one and wants equal steps, as many as it can. The forward pass is the jitted (in PyTorch: no-grad) network
+on the same batch, as often as the run calls it: Quantus has no step 0. A round runs everything once, in an order that
+rotates from round to round; ratios compare times of the same round. PyTorch runs with each number of threads of
+`--threads`; XLA takes all cores.
 """
 
 import argparse
@@ -80,22 +81,27 @@ def of_quantus(images: np.ndarray, relevance: np.ndarray, targets: np.ndarray, s
     model = torch_resnet18().eval()
     channels_first = np.ascontiguousarray(np.moveaxis(images, -1, 1))
     x, maps = torch.from_numpy(channels_first), np.ascontiguousarray(np.moveaxis(relevance, -1, 1))
-    features = -(-channels_first[0].size // steps)
+    features = channels_first[0].size // steps
+
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
 
     def passes(count: int) -> None:
         torch.set_num_threads(count)
         with torch.no_grad():
-            for _ in range(steps):  # Quantus has no step 0
+            for _ in range(steps):
                 model(x)
 
     def flipping(count: int) -> None:
         torch.set_num_threads(count)
+        calls.clear()
         metric = quantus.PixelFlipping(features_in_step=features, perturb_baseline="black", disable_warnings=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             metric(
                 model=model, x_batch=channels_first, y_batch=targets, a_batch=maps, device="cpu", batch_size=len(images)
             )
+        assert len(calls) == steps, calls
 
     runs: Runs = {}
     for count in threads:
@@ -120,6 +126,8 @@ def main() -> None:
     shape = (options.batch, options.size, options.size, 3)
     images, relevance = (rng.standard_normal(shape, np.float32) for _ in range(2))
     targets = rng.integers(0, 1000, options.batch)
+    if options.threads:  # Quantus takes numbers one by one, as many a step as divide the pixels
+        options.steps = 3 * max(d for d in range(1, options.steps // 3 + 1) if options.size**2 % d == 0)
     runs = of_jaxlrp(images, relevance, targets, options.steps)
     if options.threads:
         runs |= of_quantus(images, relevance, targets, options.steps, options.threads)

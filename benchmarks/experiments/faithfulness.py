@@ -24,18 +24,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from data import DATA
-from networks import load, network
+from networks import NETWORKS, load, network
 
 from jaxlrp import Composite, evaluate, gradients, lrp, rules, select
 from jaxlrp.evaluate import fills
 
 REGION = 4
-STEPS = {"mnist": 49, "trap": 49, "cifar": 32}
+STEPS = {"mnist": 49, "trap": 49, "cifar": 32, "cifar-weak": 32}
 # What stands in the place of a flipped pixel. Inputs lie in [-1, 1]; MNIST's background is -1.
+CIFAR = {"uniform": fills.Uniform(-1, 1), "blur": fills.Blur(4.0)}
 FILLS = {
     "mnist": {"uniform": fills.Uniform(-1, 1), "invert": fills.Invert(-1, 1), "background": fills.Constant(-1.0)},
     "trap": {"uniform": fills.Uniform(0, 1), "invert": fills.Invert(0, 1), "background": fills.Constant(0.0)},
-    "cifar": {"uniform": fills.Uniform(-1, 1), "blur": fills.Blur(4.0)},
+    "cifar": CIFAR,
+    "cifar-weak": CIFAR,
 }
 LAYERS: dict[str, rules.Rule] = {
     "epsilon 0.01": rules.Epsilon(0.01),
@@ -49,7 +51,7 @@ RESPONSE: dict[str, rules.Rule] = {
     "Taylor": rules.LocalResponseTaylor(),
     "unnormalised": rules.LocalResponseTaylor("unnormalised"),
 }
-NETWORKS = {"trap": "mnist"}  # an experiment's networks and data, where it has none of its own
+SAME = {"trap": "mnist"}  # whose networks an experiment has that has none of its own
 SHOWN = ("sensitivity", "gradient x input", "epsilon 0.01, identity", "beta 1, identity")  # in figures
 Explain = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -84,7 +86,7 @@ def unscaled(model: Callable) -> Callable:
 
 def measured(name: str, params: Any, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """{"method|order|fill": (images, steps + 1) scores}."""
-    model = network(NETWORKS.get(name, name)).apply
+    model = network(SAME.get(name, name)).apply
     if name == "trap":
         model, images = unscaled(model), (images + 1) / 2
     predict = jax.tree_util.Partial(lambda params, x: jax.nn.softmax(model(params, x)), params)
@@ -112,8 +114,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     options = parser.parse_args()
-    networks = NETWORKS.get(options.name, options.name)
-    _, (images, labels) = DATA[networks](options.data)
+    networks = SAME.get(options.name, options.name)
+    _, (images, labels) = DATA[NETWORKS[networks][0]](options.data)
     images, labels = images[: options.images], labels[: options.images]
     folder = options.data / "flipping"
     folder.mkdir(exist_ok=True)

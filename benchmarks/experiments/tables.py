@@ -26,12 +26,27 @@ TALK = {
     "MIT Places": {"epsilon 1": -33.13, "epsilon 0.01": -24.59, "epsilon 100": 5.34, "beta 1": -0.39, "beta 0": -1.06},
     "CIFAR-10 (by elimination)": {"epsilon 0.01": 35.47 - 37.10, "beta 1": 53.82 - 56.13},
 }
+# Its first table, without the name of its data.
+TALK_AREAS = {
+    "epsilon 0.01, identity": 37.10,
+    "epsilon 0.01, Taylor": 35.47,
+    "beta 1, identity": 56.13,
+    "beta 1, Taylor": 53.82,
+}
+# Its differences of neighbouring rules. The printed heads do not fit the columns: only as AUC(left) - AUC(right) along
+# the chain of rules do they agree, up to a slip in the second column, with its table of Taylor minus identity.
+TALK_CHAIN = {
+    "ImageNet, identity": (-21.29, 2.75, -42.61, -49.07),
+    "ImageNet, Taylor": (-12.29, -41.75, -34.44, -50.76),
+    "MIT Places, identity": (-20.19, 12.91, -14.55, -49.37),
+    "MIT Places, Taylor": (-11.65, -22.55, -8.82, -48.70),
+}
 Areas = dict[str, np.ndarray]  # "method|order|fill" -> (networks, images), times 100
 
 
 def read(folder: Path, name: str) -> tuple[Areas, dict[str, np.ndarray], list[float]]:
     """(areas, curves averaged over images and networks, accuracies)."""
-    files = [dict(np.load(path)) for path in sorted((folder / "flipping").glob(f"{name}-*.npz"))]
+    files = [dict(np.load(path)) for path in sorted((folder / "flipping").glob(f"{name}-[0-9].npz"))]
     accuracies = [float(file.pop("accuracy")) for file in files]
     areas = {key: np.stack([100 * (f[key][:, 1:] + f[key][:, :-1]).mean(1) / 2 for f in files]) for key in files[0]}
     curves = {key: np.mean([file[key].mean(0) for file in files], axis=0) for key in files[0]}
@@ -101,7 +116,7 @@ def page(name: str, areas: Areas, accuracies: list[float], images: int) -> tuple
         claims = numbers["differences"][fill] = comparisons(areas, fill)
         rows = [[claim, shown(v), f"{v['below zero']}/{v['networks']}"] for claim, v in claims.items()]
         text.append(table(["difference of areas, negative where it holds", "mean [interval]", "networks"], rows))
-    if name == "cifar":
+    if name.startswith("cifar"):
         fills = list(FILLS[name])
         rows = []
         for layer in CHAIN:
@@ -109,6 +124,22 @@ def page(name: str, areas: Areas, accuracies: list[float], images: int) -> tuple
             rows.append([layer, *ours, *(f"{talk[layer]:.2f}" if layer in talk else "" for talk in TALK.values())])
         text.append("## AUC(Taylor) - AUC(identity), beside the talk's figures\n")
         text.append(table(["rule", *(f"here, {fill}" for fill in fills), *(f"talk, {data}" for data in TALK)], rows))
+        rows = []
+        for method, talk in TALK_AREAS.items():
+            rows.append([method, *(shown(numbers["areas"][f"{method}|{f}"]["morf"]) for f in fills), f"{talk:.2f}"])
+        text.append(
+            "## The areas themselves, most relevant first. The talk's scale is not stated; only signs compare\n"
+        )
+        text.append(table(["rules", *(f"here, {fill}" for fill in fills), "talk"], rows))
+        heads = [f"{a} minus {b}" for a, b in pairwise(CHAIN)]
+        rows = []
+        for fill in fills:
+            for response in ("identity", "Taylor"):
+                morf = [areas[f"{layer}, {response}|morf|{fill}"] for layer in CHAIN]
+                rows.append([f"here, {fill}, {response}", *(shown(over_networks(a - b)) for a, b in pairwise(morf))])
+        rows += [[f"talk, {name}", *(f"{v:.2f}" for v in values)] for name, values in TALK_CHAIN.items()]
+        text.append("## Neighbours in the talk's chain of rules, in the reading that its own two tables share\n")
+        text.append(table(["", *heads], rows))
     return "\n".join(text), numbers
 
 
