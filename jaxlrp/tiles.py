@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Tiles:
 
 def tiles_of(inputs: Any, region: int | Sequence[int], channels: int | None, name: str = "inputs") -> Tiles:
     """The tiles of inputs (N, ...), or an InputError that calls them by their name."""
-    if inputs.ndim < 2:
+    if inputs.ndim < 2 or not all(inputs.shape):
         raise InputError(f"{name} of shape {inputs.shape}: write (examples, positions) or (examples, ..., channels)")
     axis = None
     if inputs.ndim > 2 and channels is not None:
@@ -62,8 +63,11 @@ def tiles_of(inputs: Any, region: int | Sequence[int], channels: int | None, nam
             raise InputError(f"channels={channels!r}: {name} of shape {inputs.shape}; write the axis of the channels")
         axis = channels % inputs.ndim
     positions = tuple(n for i, n in enumerate(inputs.shape) if i not in (0, axis))
-    size = (region,) * len(positions) if isinstance(region, int) else tuple(region)
-    if len(size) != len(positions) or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in size):
+    try:
+        size = tuple(map(operator.index, region if np.ndim(region) else (region,) * len(positions)))  # type: ignore
+    except TypeError:
+        size = ()
+    if len(size) != len(positions) or isinstance(region, bool) or min(size) < 1:
         raise InputError(f"region={region!r}: write a size >= 1, or one for each of the axes {positions}")
     return Tiles(positions, tuple(min(s, n) for s, n in zip(size, positions, strict=True)), axis)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxlrp import errors, evaluate
 from jaxlrp.evaluate import fills
@@ -121,7 +122,7 @@ def test_tokens_and_time_series():
     series = RNG.normal(size=(2, 30, 3)).astype(np.float32)
     curves = evaluate.pixel_flipping(network((30, 3)), series, series, 0, region=7)
     assert curves.scores.shape == (2, 6)  # tiles of 7, 7, 7, 7, 2 time steps
-    with pytest.raises(errors.InputError, match="integer inputs"):
+    with pytest.raises(errors.InputError, match="for inputs of int"):
         evaluate.pixel_flipping(predict, ids, ids.astype(float), 0, fill="blur")
 
 
@@ -207,6 +208,77 @@ def test_inpainting_takes_the_mean_of_known_neighbours():
     np.testing.assert_allclose(fills.Inpaint().inpainted(x, jnp.ones((5, 5, 1), bool)), 12.0, rtol=1e-6)
 
 
+def test_predict_must_return_one_row_for_each_example():
+    x, r = np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32)
+    for predict, target in ((lambda v: v[:, 0], 2), (lambda v: v[:2], 0), (lambda v: v[:2, 0], None)):
+        with pytest.raises(errors.TargetError, match="must return"):
+            evaluate.pixel_flipping(predict, x, r, target)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, bool, jnp.bfloat16])
+def test_scores_of_any_dtype_are_measured_in_float32(dtype):
+    x, r = RNG.integers(0, 2, (3, 300)).astype(np.float32), RNG.normal(size=(3, 300))
+    exact = evaluate.pixel_flipping(lambda v: (v.sum(1) > 100).astype(jnp.float32), x, r, None, fill=0.0)
+    rounded = evaluate.pixel_flipping(lambda v: (v.sum(1) > 100).astype(dtype), x, r, None, fill=0.0)
+    np.testing.assert_array_equal(exact.fractions, rounded.fractions)
+    np.testing.assert_array_equal(exact.auc(), rounded.auc())
+    np.testing.assert_array_equal(exact.aopc(), rounded.aopc())
+
+
+def test_orders_break_ties_differently():
+    x = RNG.normal(size=(8, 12)).astype(np.float32)
+    curves = {
+        o: evaluate.pixel_flipping(lambda v: v @ x[0], x, 0 * x, None, order=o, fill=0.0)
+        for o in ("morf", "lerf", "random")
+    }
+    for one, other in (("morf", "lerf"), ("morf", "random"), ("lerf", "random")):
+        assert np.abs(curves[one].scores - curves[other].scores).max() > 0.1
+
+
+def test_integers_take_only_what_they_can_hold():
+    x, r = RNG.integers(0, 255, (2, 5), np.uint8), RNG.normal(size=(2, 5))
+    predict = lambda v: v.astype(jnp.float32).sum(1)
+    assert evaluate.pixel_flipping(predict, x, r, None, fill=7).scores[0, -1] == 35
+    for fill in (0.5, -1, 300, "mean"):
+        with pytest.raises(errors.InputError, match="for inputs of uint8"):
+            evaluate.pixel_flipping(predict, x, r, None, fill=fill)
+    with pytest.raises(errors.InputError, match="for inputs of bool"):
+        evaluate.pixel_flipping(predict, x > 9, r, None)
+
+
+def test_blur_counts_beyond_256_in_half_precision():
+    x = jnp.asarray(RNG.normal(size=(400, 1)), jnp.float32)
+    exact, half = (fills.Blur(1.0).replacement(None, v).astype(jnp.float32) for v in (x, x.astype(jnp.bfloat16)))
+    np.testing.assert_allclose(half, exact, atol=0.03)
+
+
+def test_what_a_compiled_function_closes_over_is_checked():
+    x, r = RNG.normal(size=(3, 4)).astype(np.float32), jnp.asarray(RNG.normal(size=(3, 4)))
+    predict = network((4,))
+    scores = jax.jit(lambda x: evaluate.pixel_flipping(predict, x, r, 0, fill=0.0).scores)(x)
+    np.testing.assert_allclose(scores, evaluate.pixel_flipping(predict, x, r, 0, fill=0.0).scores, rtol=1e-6)
+
+
+def test_python_keywords_stay_python_values():
+    def apply(w, x, train, name=None):
+        return x @ w * (2.0 if train else 1.0)
+
+    x, w = RNG.normal(size=(3, 4)).astype(np.float32), RNG.normal(size=(4, 2)).astype(np.float32)
+    for train in (False, True):
+        predict = jax.tree_util.Partial(apply, w, train=train, name="logits")
+        curves = evaluate.pixel_flipping(predict, x, x, 0, fill=0.0)
+        np.testing.assert_allclose(curves.scores[:, 0], apply(w, x, train)[:, 0], rtol=1e-5)
+
+
+def test_a_model_is_measured_as_it_is_now():
+    x = RNG.normal(size=(3, 4)).astype(np.float32)
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    for kernel in (model.kernel[...], jnp.ones((4, 2))):
+        model.kernel[...] = kernel
+        curves = evaluate.pixel_flipping(model, x, x, 0, fill=0.0, region=np.int64(2))
+        np.testing.assert_allclose(curves.scores[:, 0], (x @ kernel)[:, 0], rtol=1e-5)
+
+
 X, R = np.zeros((2, 4, 4, 1), np.float32), np.zeros((2, 4, 4, 1), np.float32)
 BAD = {
     "order": ({"order": "best"}, errors.InputError, "order='best'"),
@@ -218,9 +290,18 @@ BAD = {
     "object": ({"fill": object()}, errors.InputError, "fill=<object"),
     "channels": ({"channels": 0}, errors.InputError, "channels=0"),
     "target": ({"targets": 3}, errors.TargetError, "out of range"),
-    "no target": ({"targets": None}, errors.TargetError, "one number per example"),
+    "no target": ({"targets": None}, errors.TargetError, "must return"),
     "shape": ({"relevance": np.zeros((2, 4, 5))}, errors.InputError, "relevance of shape"),
-    "nan": ({"relevance": np.full((2, 4, 4), np.nan)}, errors.InputError, "NaN, first in example 0"),
+    "nan": ({"relevance": np.full((2, 4, 4), np.nan)}, errors.InputError, "NaN or infinity, first in example 0"),
+    "infinity": ({"relevance": np.full((2, 4, 4), np.inf)}, errors.InputError, "infinity, first in example 0"),
+    "nothing flipped": ({"steps": [0.001]}, errors.InputError, "not one of 16 tiles"),
+    "no fill": ({"fill": None}, errors.InputError, "fill=None"),
+    "a class": ({"fill": fills.Mean}, errors.InputError, "fill=<class"),
+    "no examples": (
+        {"inputs": np.zeros((0, 4, 4, 1)), "relevance": np.zeros((0, 4, 4))},
+        errors.InputError,
+        "inputs of",
+    ),
     "no positions": ({"inputs": np.zeros(4)}, errors.InputError, "inputs of shape"),
 }
 

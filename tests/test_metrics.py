@@ -318,7 +318,7 @@ BAD = {
     "maps": (evaluate.max_sensitivity, (jnp.sum, X), {"radius": 1}, errors.InputError, r"explain returned \[\(\)\]"),
     "vector": (evaluate.sparseness, (np.ones(4),), {}, errors.InputError, r"relevance of shape \(4,\)"),
     "axis": (evaluate.complexity, (R,), {"channels": 0}, errors.InputError, "channels=0: relevance of"),
-    "nan": (evaluate.complexity, (R * np.nan,), {}, errors.InputError, "NaN, first in example 0"),
+    "nan": (evaluate.complexity, (R * np.nan,), {}, errors.InputError, "NaN or infinity, first in example 0"),
     "mask": (evaluate.pointing_game, (R, MASK[..., None]), {}, errors.InputError, r"mask of shape .* \(3, 5, 4\)$"),
     "empty": (evaluate.relevance_mass, (R, EMPTY), {}, errors.InputError, "mask of example 2 has no position"),
     "pattern": (

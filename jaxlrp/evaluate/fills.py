@@ -98,9 +98,9 @@ class Blur(Fill):
 
     def replacement(self, key: jax.Array, x: jax.Array) -> jax.Array:
         for axis, size in enumerate(x.shape[:-1]):
-            at = jnp.arange(size, dtype=x.dtype)
-            weights = jax.nn.softmax(-((at[:, None] - at) ** 2) / (2 * jnp.asarray(self.deviation, x.dtype) ** 2))
-            x = jnp.moveaxis(jnp.tensordot(weights, x, (1, axis)), 0, axis)
+            at = jnp.arange(size, dtype=jnp.promote_types(x.dtype, jnp.float32))  # 8 bits count to 256
+            weights = jax.nn.softmax(-((at[:, None] - at) ** 2) / (2 * jnp.asarray(self.deviation, at.dtype) ** 2))
+            x = jnp.moveaxis(jnp.tensordot(weights.astype(x.dtype), x, (1, axis)), 0, axis)
         return x
 
 
@@ -168,10 +168,10 @@ def as_fill(fill: Any) -> Fill:
         if fill not in NAMES:
             raise InputError(f"fill={fill!r}; write one of {', '.join(map(repr, NAMES))}, a number, or a function")
         return NAMES[fill]()
-    if callable(fill):
+    if callable(fill) and not isinstance(fill, type):
         return Custom(jax.tree_util.Partial(fill))
     try:
-        return Constant(jnp.asarray(fill))
+        return Constant(jnp.asarray(fill if fill is not None else object()))
     except TypeError as error:
         raise InputError(
             f"fill={fill!r}; write a number, one of {', '.join(map(repr, NAMES))}, or a function"

@@ -22,6 +22,7 @@ from jax.tree_util import Partial
 
 from ..attribute import chosen
 from ..errors import InputError, TargetError
+from ..functional import functional
 from ..tiles import Tiles, keys_of, tiles_of
 from .fills import Constant, Custom, Fill, Inpaint, as_fill
 
@@ -73,8 +74,10 @@ def pixel_flipping(
 
     Args:
       predict: any function from `inputs` to scores (N, classes), logits or probabilities; or to (N,), with
-        targets=None. It is compiled once for each function object: a `jax.tree_util.Partial(apply, params)` passes its
-        parameters as arguments, so that other parameters do not compile again.
+        targets=None. It is compiled once for each function object, with the numbers that it holds: a
+        `jax.tree_util.Partial(apply, params)` passes its parameters as arguments, so that other parameters neither
+        compile again nor are overlooked. An nnx or Equinox model is taken as it is now, and compiled anew;
+        `Partial(*jaxlrp.functional(model))` once is quicker.
       inputs: (N, ..., channels): images, time series; (N, positions): token ids, or a series without channels.
       relevance: like inputs, or without the channel axis. A position's channels are flipped together, by their sum.
       targets: the class, or one per example.
@@ -124,9 +127,10 @@ def relevance_of(tiles: Tiles, inputs: jax.Array, relevance: Any) -> jax.Array:
         raise InputError(
             f"relevance of shape {relevance.shape} for inputs of {inputs.shape}: write {alone}, or like them"
         )
-    if not isinstance(relevance, jax.core.Tracer) and bool(jnp.isnan(relevance).any()):
-        wrong = jnp.isnan(relevance).reshape(len(relevance), -1).any(1)
-        raise InputError(f"relevance has NaN, first in example {int(jnp.argmax(wrong))}")
+    if not isinstance(relevance, jax.core.Tracer):
+        wrong = ~np.isfinite(np.asarray(relevance, np.float64)).reshape(len(relevance), -1).all(1)
+        if wrong.any():
+            raise InputError(f"relevance has NaN or infinity, first in example {wrong.argmax()}")
     relevance = relevance.astype(jnp.promote_types(relevance.dtype, jnp.float32))
     if relevance.shape != alone:
         relevance = tiles.channels_last(relevance).sum(-1)
@@ -135,8 +139,15 @@ def relevance_of(tiles: Tiles, inputs: jax.Array, relevance: Any) -> jax.Array:
 
 def check_fill(fill: Fill, dtype: Any) -> None:
     """Raises InputError unless inputs of this dtype can be filled so."""
-    if jnp.issubdtype(dtype, jnp.integer) and not isinstance(fill, Custom | Constant):
-        raise InputError(f"fill={fill!r} for integer inputs; write the id of a mask token, or a function")
+    if jnp.issubdtype(dtype, jnp.floating):
+        return
+    if not isinstance(fill, Custom | Constant):
+        raise InputError(f"fill={fill!r} for inputs of {dtype}; write the id of a mask token, or a function")
+    if isinstance(fill, Constant) and not isinstance(fill.value, jax.core.Tracer):
+        value = np.asarray(fill.value)
+        with np.errstate(invalid="ignore"):
+            if (value.astype(dtype) != value).any():
+                raise InputError(f"fill={value} for inputs of {dtype}; write a value that {dtype} has")
 
 
 @jax.tree_util.register_dataclass
@@ -195,7 +206,7 @@ def flipping_of(
     check_fill(found, inputs.dtype)
     sums = relevance_of(tiles, inputs, relevance)
     function = as_partial(predict)
-    check_targets(called.eval_shape(function, inputs), targets)
+    check_targets(called.eval_shape(function, inputs), targets, len(inputs))
     targets = None if targets is None else jnp.asarray(targets)  # a list would be many arguments
     return Flipping(function, inputs, sums, targets, found, keys_of(key, jnp.arange(len(inputs)))), tiles
 
@@ -204,19 +215,23 @@ def counts_of(steps: int | Sequence[float] | None, tiles: int) -> np.ndarray:
     """How many tiles are flipped at each step, from none on, or an InputError."""
     if steps is None:
         return np.arange(tiles + 1)
-    if isinstance(steps, int) and not isinstance(steps, bool):
+    if isinstance(steps, int | np.integer) and not isinstance(steps, bool):
         if not 1 <= steps <= tiles:
             raise InputError(f"steps={steps}: there are {tiles} tiles; write a number from 1 to {tiles}")
         return np.round(np.arange(steps + 1) * tiles / steps).astype(int)
     fractions = np.asarray(steps, float)
     if fractions.ndim != 1 or not len(fractions) or not (np.diff(fractions, prepend=0) > 0).all() or fractions[-1] > 1:
         raise InputError(f"steps={steps!r}: write a number of steps, or increasing fractions in (0, 1]")
-    return np.concatenate([[0], np.round(fractions * tiles).astype(int)])
+    counts = np.concatenate([[0], np.round(fractions * tiles).astype(int)])
+    if not counts[-1]:
+        raise InputError(f"steps={steps!r}: not one of {tiles} tiles is flipped; write greater fractions")
+    return counts
 
 
 def ranks_of(order: str, relevance: jax.Array, keys: jax.Array) -> jax.Array:
-    """(N, tiles): each tile's place in the order, ties at random."""
-    random = jax.vmap(lambda k: jax.random.uniform(k, relevance.shape[1:]))(folded(keys, 0))
+    """(N, tiles): each tile's place in the order, ties at random, and not alike in two orders."""
+    own = folded(keys, 2 + ORDERS.index(order))  # 1 is the fill's
+    random = jax.vmap(lambda k: jax.random.uniform(k, relevance.shape[1:]))(own)
     signed = {"morf": -relevance, "lerf": relevance, "random": jnp.zeros_like(relevance)}[order]
     return jnp.argsort(jnp.lexsort((random, signed), axis=-1), axis=-1)
 
@@ -251,20 +266,49 @@ def _run(flipping: Flipping, counts: jax.Array, order: str, tiles: Tiles, reveal
 called = jax.jit(lambda function, *args: function(*args))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fixed:
+    """A function with keywords that are no arrays, which a Partial would trace."""
+
+    function: Callable
+    keywords: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **dict(self.keywords), **kwargs)
+
+
 def as_partial(function: Callable) -> Partial:
-    """A function as an argument of a compiled one, which is compiled once for each function object."""
-    return function if isinstance(function, Partial) else Partial(function)
+    """A function as an argument of a compiled one, which is compiled once for each function object.
+
+    A Partial's bool, str, None and function keywords stay Python values. The arrays of a model that is an nnx module or
+    a pytree become arguments, as they are now, and it is compiled anew.
+    """
+    if isinstance(function, Partial):
+        static = {k: v for k, v in function.keywords.items() if isinstance(v, bool | str) or v is None or callable(v)}
+        if not static:
+            return function
+        rest = {k: v for k, v in function.keywords.items() if k not in static}
+        return Partial(_Fixed(function.func, tuple(sorted(static.items()))), *function.args, **rest)
+    modules = {c.__module__.split(".")[1] for c in type(function).__mro__ if c.__module__.startswith("flax.")}
+    if "nnx" in modules or not jax.tree_util.all_leaves([function]):
+        return Partial(*functional(function))
+    return Partial(function)
 
 
-def check_targets(value: Any, targets: Any) -> None:
-    """Raises TargetError unless `predict`'s output, or its shape, has these targets."""
+def check_targets(value: Any, targets: Any, count: int) -> None:
+    """Raises TargetError unless `predict`'s output, or its shape, is one row per example, with these targets."""
+    shape = getattr(value, "shape", None)
+    if shape is None or len(shape) != (1 if targets is None else 2) or shape[0] != count:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(value)]
+        wanted = (
+            f"({count},), or write the classes" if targets is None else f"({count}, classes), or write targets=None"
+        )
+        raise TargetError(f"targets={targets!r}: predict returned {shapes}; it must return {wanted}")
     if targets is not None:
         chosen(value, targets)
-    elif getattr(value, "ndim", None) != 1:
-        shapes = [leaf.shape for leaf in jax.tree.leaves(value)]
-        raise TargetError(f"targets=None: predict returned {shapes}, not one number per example; write their classes")
 
 
 def score(value: jax.Array, targets: Any) -> jax.Array:
-    """(N,): each example's score for its target; targets=None: what `predict` returned."""
+    """(N,), in at least float32: each example's score for its target; targets=None: what `predict` returned."""
+    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     return value if targets is None else jnp.where(chosen(value, targets) > 0, value, 0).sum(-1)

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from ..errors import InputError
@@ -126,7 +127,7 @@ def max_sensitivity(
     inputs, function = jnp.asarray(inputs), as_partial(explain)
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise InputError(f"inputs of type {inputs.dtype} cannot be moved a little: explain their embeddings")
-    if not isinstance(radius, jax.core.Tracer) and not radius > 0:
+    if not isinstance(radius, jax.core.Tracer) and not (np.ndim(radius) == 0 and 0 < radius < np.inf):
         raise InputError(f"radius={radius!r}: write a number > 0, in the inputs' unit")
     check_count("samples", samples, 1)
     maps = jax.tree.leaves(called.eval_shape(function, inputs))
@@ -201,8 +202,12 @@ def relevance_rank(relevance: Any, mask: Any, *, channels: int | None = -1) -> j
 
 def check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raises InputError unless `value` is an integer from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        raise InputError(f"{name}={value!r}: write a number {f'from {least} to {most}' if most else f'>= {least}'}")
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        range_ = (
+            f">= {least}" if most is None else f"from {least} to {most}" if most >= least else "that the input has not"
+        )
+        raise InputError(f"{name}={value!r}: write a number {range_}")
 
 
 def at_positions(relevance: Any, channels: int | None) -> jax.Array:
@@ -211,17 +216,17 @@ def at_positions(relevance: Any, channels: int | None) -> jax.Array:
     return relevance_of(tiles_of(relevance, 1, channels, "relevance"), relevance, relevance)
 
 
-def correlation(a: jax.Array, b: jax.Array) -> jax.Array:
-    """(N,): Pearson's, along the last axis; NaN where either varies by no more than rounding."""
+def correlation(a: jax.Array, b: jax.Array, coarse: float = 0.0) -> jax.Array:
+    """(N,): Pearson's, along the last axis; NaN where either varies by no more than rounding (b's may be `coarse`)."""
 
-    def standard(v: jax.Array) -> jax.Array:
+    def standard(v: jax.Array, eps: float) -> jax.Array:
         largest = jnp.abs(v).max(-1, keepdims=True)
-        constant = jnp.ptp(v, axis=-1, keepdims=True) <= 4 * jnp.finfo(v.dtype).eps * largest
+        constant = jnp.ptp(v, axis=-1, keepdims=True) <= 4 * max(eps, float(jnp.finfo(v.dtype).eps)) * largest
         v = v - v.mean(-1, keepdims=True)
         v = v / jnp.abs(v).max(-1, keepdims=True)  # squares of small numbers would be 0
         return jnp.where(constant, jnp.nan, v / jnp.linalg.norm(v, axis=-1, keepdims=True))
 
-    return jnp.clip((standard(a) * standard(b)).sum(-1), -1, 1)
+    return jnp.clip((standard(a, 0.0) * standard(b, coarse)).sum(-1), -1, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "tiles"))
@@ -229,7 +234,9 @@ def _correlation(flipping: Flipping, size: jax.Array, samples: int, tiles: Tiles
     # sets are of one size, so an offset to all relevance changes nothing; this one makes constant relevance exactly 0
     low, high = (end(flipping.relevance, axis=-1, keepdims=True) for end in (jnp.min, jnp.max))
     sums, left = _drawn(flipping, flipping.relevance - (low / 2 + high / 2), size, samples, tiles)
-    return correlation(sums, -left)  # and f(x) is an offset to what is lost
+    digits = called.eval_shape(flipping.predict, flipping.inputs).dtype  # those of half precision are fewer than left's
+    coarse = float(jnp.finfo(digits).eps) if jnp.issubdtype(digits, jnp.floating) else 0.0
+    return correlation(sums, -left, coarse)  # and f(x) is an offset to what is lost
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "scale", "tiles"))
@@ -252,7 +259,7 @@ def _drawn(
     def step(_: None, i: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
         chosen = jax.vmap(lambda k: jax.random.permutation(jax.random.fold_in(k, i), tiles.count) < size)(keys)
         left = without(chosen)
-        return None, (jnp.where(chosen, relevance, 0).sum(-1), left.astype(jnp.promote_types(left.dtype, jnp.float32)))
+        return None, (jnp.where(chosen, relevance, 0).sum(-1), left)
 
     sums, left = jax.lax.scan(step, None, jnp.arange(samples))[1]
     return sums.T, left.T
@@ -305,8 +312,11 @@ def _masked(relevance: Any, mask: Any, channels: int | None) -> tuple[jax.Array,
     if mask.shape != wanted:
         raise InputError(f"mask of shape {mask.shape} for relevance of shape {relevance.shape}: write {wanted}")
     inside = (mask != 0).reshape(len(mask), -1)
-    if not isinstance(mask, jax.core.Tracer) and not bool(inside.any(-1).all()):
-        empty = int(jnp.argmin(inside.any(-1)))
+    if (
+        not isinstance(mask, jax.core.Tracer)
+        and not (there := np.asarray(mask, bool).reshape(len(mask), -1).any(1)).all()
+    ):
+        empty = int(there.argmin())
         raise InputError(f"the mask of example {empty} has no position: leave such examples out")
     return relevance_of(tiles, relevance, relevance), inside
 

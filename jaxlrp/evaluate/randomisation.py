@@ -94,7 +94,8 @@ def shuffled(key: jax.Array, leaf: jax.Array) -> jax.Array:
 @jax.jit
 def _rank_correlation(a: jax.Array, b: jax.Array) -> jax.Array:
     """(N,): Spearman's, of the absolute values (N, positions)."""
-    return correlation(*(jax.vmap(ranks)(jnp.abs(v)) for v in (a, b)))
+    first, second = (jax.vmap(ranks)(jnp.abs(v)) for v in (a, b))
+    return correlation(first, second)
 
 
 def ranks(v: jax.Array) -> jax.Array:
