@@ -1,8 +1,8 @@
 """Pixel flipping on networks with local response normalisation: every rule, with the identity and with Taylor.
 
-    python benchmarks/experiments/networks.py mnist --data data --epochs 3
+    python benchmarks/experiments/networks.py mnist --data data
     python benchmarks/experiments/faithfulness.py mnist --data data --images 300
-    python benchmarks/experiments/networks.py cifar --data data --epochs 8
+    python benchmarks/experiments/networks.py cifar --data data
     python benchmarks/experiments/faithfulness.py cifar --data data --images 200
 
 explains the true class of the first images of the test set for each network below data/networks, and flips tiles of 4x4

@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from faithfulness import FILLS, LAYERS, REGION, SHOWN, STEPS
+from faithfulness import FILLS, LAYERS, REGION, SAME, SHOWN, STEPS
 from scipy import stats
 
 CHAIN = list(LAYERS)
@@ -170,7 +170,12 @@ def main() -> None:
     images = next(iter(areas.values())).shape[1]
     text, numbers = page(options.name, areas, accuracies, images)
     setting = {
-        "command": f"python benchmarks/experiments/faithfulness.py {options.name} --data data --images {images}",
+        "commands": [
+            f"python benchmarks/experiments/networks.py {SAME.get(options.name, options.name)} --data data",
+            f"python benchmarks/experiments/faithfulness.py {options.name} --data data --images {images}",
+            f"python benchmarks/experiments/tables.py {options.name} --data data --out results",
+        ],
+        "seeds": list(range(len(accuracies))),
         "networks": len(accuracies),
         "accuracies": [round(a, 4) for a in accuracies],
         "images": images,
