@@ -20,8 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 BATCH = 128
 PEAK = 3e-3
-# (data, features, alpha, epochs). How much the normalisation does depends on alpha and on the size of the activations: at
-# AlexNet's 1e-4 it does nothing to activations of order one; with 0.1, on CIFAR-10, it divides by 1.005 on average.
+# (data, features, alpha, epochs). How much the normalisation does depends on alpha and on the size of the activations:
+# at AlexNet's 1e-4 it does nothing to activations of order one; with 0.1, on CIFAR-10, it divides by 1.005 on average.
 NETWORKS: dict[str, tuple[str, tuple[int, ...], float, int]] = {
     "mnist": ("mnist", (16, 32), 1.0, 3),
     "cifar": ("cifar", (32, 64, 64), 10.0, 6),
