@@ -226,10 +226,10 @@ def test_what_is_done_is_not_read_again(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("part-*")) == ["part-0-000000.parquet", "part-0-000003.parquet"]
     (tmp_path / "part-0-000003.parquet").unlink()
     assert measured(tmp_path, source, group=3).table.equals(whole.table)
-    assert source.read == [0, 1, 2, 3, 3]
+    assert source.read == [0, 1, 2, 3, 0, 3]  # one that is done is read, to see that it is the same
     calls = []
-    stream = ((lambda i=i: calls.append(i)) for i in range(4))
-    assert measured(tmp_path, stream).table.equals(whole.table) and calls == []
+    stream = ((lambda i=i: calls.append(i) or BATCHES[i]) for i in range(4))
+    assert measured(tmp_path, stream).table.equals(whole.table) and calls == [0]
     assert evaluate.read_sweep(tmp_path).table.equals(whole.table)
 
 
@@ -273,8 +273,71 @@ def test_bad_batches_are_recorded(tmp_path):
     assert read.failures == sweep.failures and read.table.equals(sweep.table)
 
 
+def test_other_batches_are_not_mixed_in(tmp_path):
+    """The batch that is done is read before the others; from an iterator nothing is written before it passed by."""
+    first, other = batches_of(4, 4), batches_of(2, 3, 2, seed=5)
+    measured(tmp_path, first, group=1)
+    same_images = [(x, (t + 1) % 3) for x, t in first]
+    (tmp_path / "part-0-000000.parquet").unlink()
+    for stream in (other, iter(other), same_images):
+        with pytest.raises(SweepError, match="batch 1 is not the one that .*same order, or write to another folder"):
+            measured(tmp_path, stream, group=1)
+    assert [p.name for p in tmp_path.glob("part-*")] == ["part-0-000001.parquet"]
+    again = measured(tmp_path, iter([(jnp.asarray(x), t.astype(np.int32)) for x, t in first]), group=1)
+    assert again.table.equals(measured(tmp_path / "other", first).table)
+
+
+@pytest.mark.parametrize("side", [6, 4])
+def test_a_first_batch_that_is_odd(tmp_path, side):
+    """predict raises for the one, and takes the other."""
+    predict = lambda x: x[:, :4, :4].reshape(len(x), -1) @ np.ones((16, 3)) if x.shape[1] != 6 else len(x) + "a"
+    stream = [(BATCHES[0][0][:, :side, :side], BATCHES[0][1]), *BATCHES[1:]]
+    error, says = {
+        6: (TypeError, ""),
+        4: (SweepError, "one good batch, 0, and 3 unlike it, .*another folder with shape="),
+    }[side]
+    with pytest.raises(error, match=says):
+        measured(tmp_path, stream, predict=predict)
+    if side == 4:
+        assert evaluate.read_sweep(tmp_path).table["batch"].unique().to_pylist() == [0]
+        with pytest.raises(SweepError, match=r"holds batches of inputs \(4, 4, 1\), not shape=\(8, 8, 1\)"):
+            measured(tmp_path, stream, predict=predict, shape=(8, 8, 1))
+    sweep = measured(tmp_path if side == 6 else tmp_path / "b", stream, predict=predict, shape=(8, 8, 1))
+    assert sweep.table["batch"].unique().to_pylist() == [1, 2, 3]
+    ((index, why),) = sweep.failures
+    assert index == 0 and f"shape (4, {side}, {side}, 1): shape=(8, 8, 1) asks for" in why
+
+
+def test_failed_batches_are_tried_again(tmp_path):
+    """Their rows win over their failures; the last reason is kept."""
+
+    def stream(*reasons):
+        def item(i):
+            if i < len(reasons):
+                raise OSError(reasons[i])
+            return BATCHES[i]
+
+        return [lambda i=i: item(i) for i in range(4)]
+
+    for group in (1, 4):
+        folder = tmp_path / str(group)
+        assert len(measured(folder, stream("a", "b"), group=group).failures) == 2
+        assert len(measured(folder, stream(), group=group).failures) == 2
+        for text in "cd":
+            sweep = measured(folder, stream(text), group=group, retry=True)
+            assert sweep.failures == [(0, f"OSError: {text}")]
+        whole = measured(folder, stream(), group=group, retry=True)
+        assert whole.failures == [] and whole.table.equals(measured(tmp_path / "other").table)
+        source = Source(BATCHES)
+        assert measured(folder, source, group=group, retry=True).table.equals(whole.table) and source.read == [0]
+
+
 def test_only_bad_batches(tmp_path):
-    sweep = measured(tmp_path, [(np.full((2, 8, 8, 1), np.nan), [0, 0])])
+    with pytest.raises(SweepError, match="no images: all 1 batches failed, batch 0 by: inputs have NaN .*shape="):
+        measured(tmp_path, [(np.full((2, 8, 8, 1), np.nan), [0, 0])])
+    with pytest.raises(SweepError, match="no images: there were no batches"):
+        measured(tmp_path / "none", [])
+    sweep = evaluate.read_sweep(tmp_path)
     assert sweep.table.num_rows == 0 and len(sweep.failures) == 1 and not sweep.fractions.size
     with pytest.raises(InputError, match="no images; 1 batches failed"):
         sweep.srg()
@@ -292,7 +355,7 @@ def test_a_generator_that_raised_says_how_to_go_on(tmp_path):
     assert kept.table["batch"].unique().to_pylist() == [0, 1] and kept.failures == []
     source = Source(BATCHES)
     whole = measured(tmp_path, source)
-    assert source.read == [2, 3] and whole.table.equals(measured(tmp_path / "other").table)
+    assert source.read == [0, 2, 3] and whole.table.equals(measured(tmp_path / "other").table)
 
 
 def test_a_stream_that_always_raises_ends(tmp_path):
@@ -354,7 +417,9 @@ def test_the_same_sweep_is_known_again(finished):
     assert told["versions"]["jax"] == jax.__version__ and told["explainers"]["epsilon"]["variants"] == 1
 
 
-@pytest.mark.parametrize("hidden", ["closure", "default", "method", "jit", "global"])
+@pytest.mark.parametrize(
+    "hidden", ["closure", "default", "method", "jit", "global", "within", "object", "slots", "imported"]
+)
 def test_numbers_that_functions_hold_are_compared(tmp_path, hidden):
     """Training goes on, and the script runs again: its old table is not mistaken for a new one."""
 
@@ -366,17 +431,38 @@ def test_numbers_that_functions_hold_are_compared(tmp_path, hidden):
 
     jax.tree_util.register_pytree_node(Model, lambda m: ((m.w,), None), lambda _, w: Model())
 
+    class Plain:
+        def __init__(self, w):
+            self.w, self.me, self._count = w, self, np.random.default_rng().integers(1 << 30).item()
+
+        def __call__(self, x):
+            return x.reshape(len(x), -1) @ self.w
+
+    class Slots:
+        __slots__ = ("w",)
+        __call__ = Plain.__call__
+
+        def __init__(self, w):
+            self.w = w
+
     def predict(w):
         model = Model()
         model.w = w
         of = {}
         exec("def scores(x):\n    return x.reshape(len(x), -1) @ w", of | {"w": w}, of)
+        code = "def within(x):\n    return [(lambda: x.reshape(len(x), -1) @ w)() for _ in range(1)][0]"
+        exec(code + "\ndef imported(x):\n    return plain(x)", of | {"__name__": "other"}, of)
+        of["within"].__globals__.update(w=w, plain=Plain(w))
         return {
             "closure": lambda x: model(w, x),
             "default": lambda x, w=w: model(w, x),
             "method": model.scores,
             "jit": jax.jit(lambda x: model(w, x)),
             "global": of["scores"],
+            "within": of["within"],
+            "imported": of["imported"],
+            "object": Plain(w),
+            "slots": Slots(w),
         }[hidden]
 
     w = np.random.default_rng(0).normal(size=(64, 3))
@@ -491,6 +577,9 @@ WRONG = {
     "batches=3: write a sequence": {"batches": 3},
     "batches={}: write a sequence": {"batches": {}},
     "explainers={}: write": {"explainers": {}},
+    "fills={}: write": {"fills": {}},
+    r"write \[\(inputs, targets\)\]": {"batches": BATCHES[0]},
+    "shape=8: write the shape": {"shape": 8},
     "fills='mean': write a dictionary": {"fills": "mean"},
     r"explainers\['a'\]=3: write a composite": {"explainers": {"a": 3}},
     "steps=9: there are 4 tiles": {"steps": 9},

@@ -1,20 +1,25 @@
-"""What a sweep found: one table of all images, and its means."""
+"""What a sweep found: one table of all images, and its means; and how far it has come."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, SweepError
 from .store import manifest_of, package, parts_of
-from .stream import Layout
+from .stream import UNLIKE, Layout
 
 LABEL = ("explainer", "variant", "order", "fill")
 MEASURES = ("srg", "auc", "aopc", "score", "scores")
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,11 @@ def labels_of(manifest: dict[str, Any]) -> Iterator[tuple[str, int, str, str]]:
                     yield explainer, variant, order, fill
 
 
+def joined(results: list[dict[str, jax.Array]], count: int) -> dict[str, np.ndarray]:
+    """The calls of one batch as one, without the rows that only fill up the last."""
+    return {name: np.concatenate([np.asarray(r[name]) for r in results])[:count] for name in results[0]}
+
+
 def rows(batch: int, targets: np.ndarray, measured: dict[str, np.ndarray], labels: list[Any]) -> Any:
     """One batch's part of the table. measured: score, auc, aopc (N, labels) and scores (N, labels, steps + 1)."""
     arrow, count = package("pyarrow"), len(targets)
@@ -126,5 +136,61 @@ def read_sweep(folder: Any) -> Sweep:
     return Sweep(table, sorted(failures.items()), manifest, layout)
 
 
+def judged(sweep: Sweep, count: int, folder: Path) -> Sweep:
+    """The sweep, when it has ended, or SweepError where nothing of it can be meant. count: of the batches.
+
+    Of several processes the last sees what all have written.
+    """
+    good = sweep.table["batch"].unique().to_pylist()
+    why = dict(sweep.failures)
+    unlike = [i for i in why if UNLIKE in why[i]]
+    if not good and len(why) >= count:
+        told = (
+            f"all {len(why)} batches failed, batch {min(why)} by: {why[min(why)]}" if why else "there were no batches"
+        )
+        raise SweepError(
+            f"the sweep in {folder} has no images: {told}. Give pairs (inputs, targets), with shape= the shape of one "
+            f"input; retry=True measures failed batches again"
+        )
+    if len(good) == 1 and len(unlike) > 1 and len(good) + len(why) >= count:
+        raise SweepError(
+            f"the sweep in {folder} has one good batch, {good[0]}, and {len(unlike)} unlike it, as batch {unlike[0]}: "
+            f"{why[unlike[0]]}. If that one is odd, write to another folder with shape= the shape of one input"
+        )
+    return sweep
+
+
 def _nothing() -> dict[str, np.ndarray]:
     return {k: np.zeros((0, 1), np.float32) for k in ("score", "auc", "aopc")} | {"scores": np.zeros((0, 1, 1), "f4")}
+
+
+class Bar:
+    """The progress of one process, on stderr."""
+
+    def __init__(self, total: int | None, done: int, show: bool):
+        self.left, self.told = None if total is None else max(total - done, 0), False
+        self.bar = package("tqdm").tqdm(total=total, initial=done, unit="batch", disable=not show, file=sys.stderr)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def step(self) -> None:
+        self.left = None if self.left is None else self.left - 1
+        self.bar.update()
+
+    def tell(self, seconds: tuple[float, float]) -> None:
+        """How long it will take, once, after the first batch. seconds: for compiling and for that batch."""
+        if self.told:
+            return
+        self.told, (compiling, batch) = True, seconds
+        text = f"compiled in {compiling:.1f} s, then {batch:.3g} s a batch"
+        if self.left is not None:
+            left = max(self.left - 1, 0)
+            text += f": about {self.bar.format_interval(batch * left)} for the {left} batches left"
+        log.info(text)
+        if not self.bar.disable:
+            self.bar.write(text, file=sys.stderr)
+            self.bar.unpause()  # compiling is not counted in the bar's own estimate

@@ -2,7 +2,8 @@
 
 A folder holds `manifest.json`, which says what was measured, and `part-<process>-<first batch>.parquet`, each with some
 batches. A part is written under another name, brought to the disk and then renamed; in its own metadata it says which
-batches it holds and which could not be read. So there is no other record that a kill could leave behind the data.
+batches it holds, of what data, and which could not be read. So there is no other record that a kill could leave behind
+the data. Where failed batches are tried again, the name ends with a count: `part-<process>-<first batch>-1.parquet`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,16 @@ def package(name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One file: how many rows each of its batches has, in the order of the rows; and (batch, why it has none)."""
+    """One file: how many rows each of its batches has, in the order of the rows; and (batch, why it has none).
+
+    digests: of the data of each of its batches.
+    """
 
     path: Path
     rows: dict[int, int]
     failures: list[tuple[int, str]]
     layout: Layout | None
+    digests: dict[int, str]
 
     @classmethod
     def read(cls, path: Path) -> Part:
@@ -51,6 +57,7 @@ class Part:
             {int(i): count for i, count in told["rows"].items()},
             [(i, why) for i, why in told["failures"]],
             None if layout is None else Layout.from_dict(layout),
+            {int(i): digest for i, digest in told.get("digests", {}).items()},
         )
 
     def tables(self) -> Iterator[tuple[int, Any]]:
@@ -70,7 +77,13 @@ def _unreadable(path: Path, error: Exception) -> SweepError:
 
 
 def parts_of(folder: Path) -> list[Part]:
-    return [Part.read(path) for path in sorted(folder.glob("part-*.parquet"))]
+    """The parts, those of later tries last."""
+    return [Part.read(path) for path in sorted(folder.glob("part-*.parquet"), key=lambda p: (_turn(p), p))]
+
+
+def _turn(path: Path) -> int:
+    found = re.fullmatch(r"part-\d+-\d+-(\d+)", path.stem)
+    return int(found[1]) if found else 0
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -101,12 +114,12 @@ def write(path: Path, data: bytes) -> None:
 
 
 class Store:
-    """The folder of a running sweep, for one of `count` processes.
+    """The folder of a running sweep, for one of `count` processes. retry: failed batches are not done.
 
     Raises SweepError for a folder that cannot be written, or that belongs to another sweep.
     """
 
-    def __init__(self, folder: Any, manifest: dict[str, Any], process: int, count: int):
+    def __init__(self, folder: Any, manifest: dict[str, Any], process: int, count: int, retry: bool = False):
         self.folder, self.process = Path(folder), process
         probe = self.folder / f".probe-{process}"
         try:
@@ -122,7 +135,9 @@ class Store:
         self.manifest = json.loads(json.dumps(manifest))
         self._keep_manifest(bool(parts))
         self._agree()
-        self.done = {i for part in parts for i in (*part.rows, *(i for i, _ in part.failures))}
+        self.done = {i for part in parts for i in (*part.rows, *(i for i, _ in part.failures if not retry))}
+        self.digests = {i: digest for part in parts for i, digest in part.digests.items()}
+        self.turn = 1 + max((_turn(part.path) for part in parts), default=0) if retry else 0
         self.layout = next((part.layout for part in parts if part.layout is not None), None)
 
     def _keep_manifest(self, begun: bool) -> None:
@@ -145,7 +160,13 @@ class Store:
             shown = "; ".join(f"{k}: {short(old.get(k))} there, {short(new.get(k))} here" for k in differing)
             raise SweepError(f"{self.folder} holds another sweep, which differs in {shown}. Write to another folder")
 
-    def append(self, tables: Mapping[int, Any], failures: Sequence[tuple[int, str]], layout: Layout | None) -> None:
+    def append(
+        self,
+        tables: Mapping[int, Any],
+        failures: Sequence[tuple[int, str]],
+        layout: Layout | None,
+        digests: Mapping[int, str],
+    ) -> None:
         """One more part. SweepError where that is impossible; the earlier parts are as they were."""
         self._agree()
         arrow, parquet = package("pyarrow"), package("pyarrow.parquet")
@@ -154,11 +175,13 @@ class Store:
             "rows": {i: rows.num_rows for i, rows in tables.items()},
             "failures": list(failures),
             "layout": None if layout is None else dataclasses.asdict(layout),
+            "digests": {i: digests[i] for i in tables},
         }
         sink = arrow.BufferOutputStream()
         parquet.write_table(table.replace_schema_metadata({KEY: json.dumps(told)}), sink)
         first = min([*tables, *(i for i, _ in failures)])
-        path = self.folder / f"part-{self.process}-{first:06d}.parquet"
+        turn = f"-{self.turn}" if self.turn else ""
+        path = self.folder / f"part-{self.process}-{first:06d}{turn}.parquet"
         if path.exists():
             raise SweepError(f"{path} is there already: does another sweep write to this folder?")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 from ..errors import InputError, SweepError
 
 PATIENCE = 100  # an iterator that fails so many times in a row will not recover
+UNLIKE = "those of the first good batch have"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +46,15 @@ def length_of(batches: Any) -> int | None:
     return len(batches) if hasattr(batches, "__len__") else None
 
 
-def items(batches: Any) -> Iterator[tuple[int, Read | SweepError]]:
+def items(batches: Any, first: int | None = None) -> Iterator[tuple[int, Read | SweepError]]:
     """(index, a function that reads the batch, or raises why it cannot).
 
-    A sequence is read by index, when asked; of an iterator each item is drawn, and called later if it can be. Where a
-    generator raised there is nothing to continue: the last item is then a SweepError in place of the function.
+    A sequence is read by index, when asked, that of index `first` before the others; of an iterator each item is
+    drawn, and called later if it can be. Where a generator raised there is nothing to continue: the last item is then
+    a SweepError in place of the function.
     """
     if hasattr(batches, "__len__") and hasattr(batches, "__getitem__"):
-        yield from ((i, lambda i=i: batches[i]) for i in range(len(batches)))
+        yield from ((i, lambda i=i: batches[i]) for i in sorted(range(len(batches)), key=lambda i: i != first))
         return
     iterator, failed = iter(batches), 0
     for i in itertools.count():
@@ -87,8 +90,11 @@ def reason(error: Exception) -> str:
     return " ".join(text.split())[:500]
 
 
-def read(item: Read) -> Batch:
-    """The batch as arrays, or whatever the reading raises; InputError for what no batch can be."""
+def read(item: Read, shape: tuple[int, ...] | None = None) -> Batch:
+    """The batch as arrays, or whatever the reading raises; InputError for what no batch can be.
+
+    shape: of one input, which the batch must have.
+    """
     found = item()
     found = found() if callable(found) else found
     if not isinstance(found, tuple | list) or len(found) != 2:
@@ -96,6 +102,8 @@ def read(item: Read) -> Batch:
     inputs, targets = (np.asarray(v) for v in found)
     if inputs.ndim < 2 or not len(inputs):
         raise InputError(f"inputs of shape {inputs.shape}: write (examples, ...), at least one")
+    if shape is not None and inputs.shape[1:] != shape:
+        raise InputError(f"inputs of shape {inputs.shape}: shape={shape} asks for {('N', *shape)}")
     if not (jnp.issubdtype(inputs.dtype, jnp.floating) or jnp.issubdtype(inputs.dtype, jnp.integer)):
         raise InputError(f"inputs of dtype {inputs.dtype}: write real numbers")
     inputs = inputs.astype(jnp.result_type(inputs.dtype), copy=False)  # float64 is float32 where JAX has no float64
@@ -110,11 +118,20 @@ def read(item: Read) -> Batch:
     return inputs, np.broadcast_to(targets, len(inputs))
 
 
+def digest_of(batch: Batch) -> str:
+    """What a batch is recognised by when the sweep is started again."""
+    inputs, targets = batch
+    total = hashlib.sha256(f"{inputs.shape} {inputs.dtype}".encode())
+    total.update(np.ascontiguousarray(inputs).reshape(-1).view(np.uint8).data)
+    total.update(targets.astype(np.int64).tobytes())
+    return total.hexdigest()[:16]
+
+
 def mismatch(batch: Batch, layout: Layout) -> str | None:
     """In what a batch is not like the others."""
     inputs, targets = batch
     if inputs.shape[1:] != layout.shape or inputs.dtype.name != layout.dtype:
-        wanted = f"those of the first good batch have {('N', *layout.shape)} and {layout.dtype}"
+        wanted = f"{UNLIKE} {('N', *layout.shape)} and {layout.dtype}"
         return f"inputs of shape {inputs.shape} and dtype {inputs.dtype}: {wanted}"
     wrong = targets[(targets < 0) | (targets >= layout.classes)]
     return f"target {wrong[0]} is out of range: there are {layout.classes} classes" if len(wrong) else None

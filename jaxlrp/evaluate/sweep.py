@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,9 +37,9 @@ from .flipping import (
     ranks_of,
     relevance_of,
 )
-from .results import Sweep, labels_of, read_sweep, rows
+from .results import Bar, Sweep, joined, judged, labels_of, read_sweep, rows
 from .store import VERSIONS, Store, package
-from .stream import Batch, Layout, items, length_of, mismatch, read, reason
+from .stream import Batch, Layout, digest_of, items, length_of, mismatch, read, reason
 
 MINUTE = 60.0  # what a kill may cost: a part is written after so many seconds, or `group` batches
 
@@ -62,6 +61,8 @@ def sweep(
     mesh: Mesh | None = None,
     group: int = 16,
     total: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    retry: bool = False,
     progress: bool = True,
 ) -> Sweep:
     """`pixel_flipping` of every image by every explainer, order and fill. Started again, it goes on where it was.
@@ -75,8 +76,9 @@ def sweep(
         shared by its variants, unless all its leaves are stacked. `lambda x, t: jnp.zeros_like(x)`, all of whose ties
         are broken at random, is the random order.
       batches: pairs (inputs, targets) of arrays, targets one class per example (or one for all): a sequence, which is
-        read by index, so that what is done costs nothing; or any iterable (Grain, a generator). An item may also be a
-        function that returns the pair. A last, smaller batch is filled up and cut again.
+        read by index, so that what is done costs nothing but a look at one batch, whether it is still the same; or
+        any iterable (Grain, a generator). An item may also be a function that returns the pair. A last, smaller batch
+        is filled up and cut again.
       folder: for the results, a new one or that of the same sweep, in a file system that all processes see.
       orders, fills, region, steps, channels: as in `pixel_flipping`; fills: {name: fill}, by default {"mean": "mean"}.
       key: a `jax.random.key`; a batch is measured as by pixel_flipping(..., key=jax.random.fold_in(key, its index)).
@@ -85,27 +87,39 @@ def sweep(
         batch on its own devices; all must be given the same stream.
       group: batches per file; a file is also written when a minute has passed since the last one.
       total: the number of batches, for the estimate of the time, where `batches` has no length.
+      shape: of one input, without the axis of examples, which every batch must have. None: as the first good batch.
+      retry: whether batches that failed in an earlier run are tried again.
       progress: whether to show a bar.
 
     A batch that cannot be read, holds NaN or infinity, has another shape or dtype than the first good one, or targets
-    out of range is recorded with the reason and passed over; it is not tried again. Where an explainer's relevance has
-    NaN, the scores are NaN.
+    out of range is recorded with the reason and passed over; it is not tried again without `retry`. Where an
+    explainer's relevance has NaN, the scores are NaN.
 
     Returns `Sweep`, everything in the folder by now; when other processes still work, `read_sweep` afterwards has all.
 
     Raises SweepError for a folder that cannot be written or that holds another sweep (it names what differs; the code
-    of functions cannot be compared, the numbers they hold are), and for a generator that raised; InputError and
+    of functions cannot be compared, the numbers they hold are) or other batches, for a generator that raised, and at
+    the end if no batch was good, or only one and others are unlike it; InputError and
     TargetError for arguments that do not fit; whatever `predict` and the explainers raise.
     """
     package("pyarrow.parquet")
     variants = {name: _variants(name, e) for name, e in sorted(_named("explainers", explainers).items())}
-    filled = {name: as_fill(f) for name, f in sorted(_named("fills", fills or {"mean": "mean"}).items())}
+    filled = {
+        name: as_fill(f) for name, f in sorted(_named("fills", {"mean": "mean"} if fills is None else fills).items())
+    }
     if not orders or not set(orders) <= set(ORDERS) or isinstance(orders, str) or len(set(orders)) < len(orders):
         raise InputError(f"orders={orders!r}; write some of {', '.join(map(repr, ORDERS))}, each once")
     if isinstance(group, bool) or not isinstance(group, int) or group < 1:
         raise InputError(f"group={group!r}: write how many batches a file holds, at least 1")
     if isinstance(batches, Mapping) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
         raise InputError(f"batches={batches!r}: write a sequence or an iterable of pairs (inputs, targets)")
+    if isinstance(batches, tuple | list) and len(batches) == 2 and all(hasattr(v, "shape") for v in batches):
+        raise InputError(
+            "batches is one pair of arrays (inputs, targets), not a sequence of pairs: write [(inputs, targets)]"
+        )
+    if shape is not None and not (isinstance(shape, tuple | list) and all(isinstance(n, int) and n > 0 for n in shape)):
+        raise InputError(f"shape={shape!r}: write the shape of one input, without the axis of examples")
+    shape = None if shape is None else tuple(shape)
     key = jax.random.key(0) if key is None else key
     manifest = {
         "predict": {"function": named(predict), "numbers": digest(predict)},
@@ -122,22 +136,27 @@ def sweep(
         VERSIONS: {name: package(name).__version__ for name in ("jaxlrp", "jax", "pyarrow")},
     }
     process, count = jax.process_index(), jax.process_count()
-    store = Store(folder, manifest, process, count)
+    store = Store(folder, manifest, process, count, retry)
     work = Work(predict, variants, filled, tuple(sorted(orders)), region, steps, channels, key, mesh)
     labels = list(labels_of(manifest))
     layout = store.layout
+    if layout is not None and shape not in (None, layout.shape):
+        raise SweepError(f"{folder} holds batches of inputs {layout.shape}, not shape={shape}: write to another folder")
+    known = store.digests  # of batches that are done; empty again when one was compared
     length = total if total is not None else length_of(batches)
     own = None if length is None else len(range(process, length, count))
-    bar = _Bar(own, sum(i % count == process for i in store.done), progress and process == 0)
+    bar = Bar(own, sum(i % count == process for i in store.done), progress and process == 0)
     tables: dict[int, Any] = {}
     failures: list[tuple[int, str]] = []
+    digests: dict[int, str] = {}
+    seen = 0
     written = time.monotonic()
     pending: Any = None  # what the devices work on while the next batch is read
 
     def collect() -> None:
         nonlocal pending
         if pending is not None:
-            index, targets, results = pending
+            index, targets, digests[index], results = pending
             tables[index] = rows(index, targets, joined(results, len(targets)), labels)
             pending = None
             bar.step()
@@ -145,25 +164,33 @@ def sweep(
     def append() -> None:
         nonlocal written
         if tables or failures:
-            store.append(tables, failures, layout)
-        tables.clear()
-        failures.clear()
+            store.append(tables, failures, layout, digests)
+        for each in (tables, failures, digests):
+            each.clear()
         written = time.monotonic()
 
     with bar:
-        for index, item in items(batches):
+        for index, item in items(batches, min(known, default=None)):
             if isinstance(item, SweepError):
                 collect()
                 append()
                 raise item
+            seen += 1
             mine = index % count == process and index not in store.done
-            if not mine and layout is not None:
+            if not mine and layout is not None and index not in known:
                 continue
             batch, flaw = None, None
             try:
-                batch = read(item)
+                batch = read(item, shape)
             except Exception as error:
                 flaw = reason(error)
+            if batch is not None and index in known:
+                if digest_of(batch) != known[index]:
+                    raise SweepError(
+                        f"batch {index} is not the one that {store.folder} holds results of. Give the same batches in "
+                        f"the same order, or write to another folder"
+                    )
+                known.clear()
             if batch is not None:
                 like = layout or work.layout_of(batch)  # what predict raises here is no fault of the batch
                 flaw = mismatch(batch, like)
@@ -174,14 +201,14 @@ def sweep(
                 bar.step()
             elif mine and batch is not None and layout is not None:
                 results = work.start(index, batch, layout)
-                bar.tell(work)
+                bar.tell(work.seconds)
                 collect()
-                pending = (index, batch[1], results)
-            if len(tables) + len(failures) >= group or time.monotonic() - written > MINUTE:
-                append()
+                pending = (index, batch[1], digest_of(batch), results)
+            if not known and (len(tables) + len(failures) >= group or time.monotonic() - written > MINUTE):
+                append()  # nothing is written before a batch was compared
         collect()
         append()
-    return read_sweep(store.folder)
+    return judged(read_sweep(store.folder), seen, store.folder)
 
 
 class Work:
@@ -308,11 +335,6 @@ def measure(
     }
 
 
-def joined(results: list[dict[str, jax.Array]], count: int) -> dict[str, np.ndarray]:
-    """The calls of one batch as one, without the rows that only fill up the last."""
-    return {name: np.concatenate([np.asarray(r[name]) for r in results])[:count] for name in results[0]}
-
-
 def _named(name: str, given: Any) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not given or not all(isinstance(k, str) for k in given):
         raise InputError(f"{name}={given!r}: write a dictionary from names to {name}, not empty")
@@ -356,35 +378,3 @@ def unstacked(name: str, composite: Composite) -> list[Composite]:
 
 
 _ARRAYS = (ZBox, PatternNet, PatternAttribution)  # rules of which one variant has arrays
-
-
-class _Bar:
-    """The progress of one process, on stderr."""
-
-    def __init__(self, total: int | None, done: int, show: bool):
-        self.left, self.told = None if total is None else max(total - done, 0), False
-        self.bar = package("tqdm").tqdm(total=total, initial=done, unit="batch", disable=not show, file=sys.stderr)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
-
-    def step(self) -> None:
-        self.left = None if self.left is None else self.left - 1
-        self.bar.update()
-
-    def tell(self, work: Work) -> None:
-        """How long it will take, once, after the first batch."""
-        if self.told:
-            return
-        self.told, (compiling, batch) = True, work.seconds
-        text = f"compiled in {compiling:.1f} s, then {batch:.3g} s a batch"
-        if self.left is not None:
-            left = max(self.left - 1, 0)
-            text += f": about {self.bar.format_interval(batch * left)} for the {left} batches left"
-        log.info(text)
-        if not self.bar.disable:
-            self.bar.write(text, file=sys.stderr)
-            self.bar.unpause()  # compiling is not counted in the bar's own estimate
