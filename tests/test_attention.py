@@ -140,6 +140,7 @@ def halved(x):
     return x / 2 + lax.stop_gradient(x / 2)
 
 
+@pytest.mark.slow
 def test_grouped_heads_cross_attention_and_rotation():
     """Fewer heads of keys and values, another length, rotary positions: against gradient x input, products halved."""
     k, v = draw(6, N, 4, 1, D), draw(7, N, 4, 1, D)

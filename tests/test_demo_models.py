@@ -78,6 +78,7 @@ def test_cnn_refuses_other_files(tmp_path: Path) -> None:
 # The training script
 
 
+@pytest.mark.slow
 def test_training_reads_idx_and_fits(tmp_path: Path) -> None:
     train = pytest.importorskip("jaxlrp.demo.train", exc_type=ImportError)
     images = np.random.default_rng(0).integers(0, 256, (train.BATCH, 28, 28), np.uint8)

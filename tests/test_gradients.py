@@ -152,6 +152,7 @@ def test_simple_taylor_is_gradient_x_input_where_f_has_no_bias():
     close(near(X), gradients.gradient_x_input(f, target=2)(X), 1e-7)
 
 
+@pytest.mark.slow
 def test_simple_taylor_under_transformations():
     one = gradients.simple_taylor(MLP, target=1)
     right = one(X)

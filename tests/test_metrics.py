@@ -259,6 +259,7 @@ def test_ties_and_maps_that_ignore_the_parameters():
 # ------------------------------------------------------------------------------------------------- all of them together
 
 
+@pytest.mark.slow
 def test_lrp_is_measured():
     """LRP of a small network, step by step, and fewer examples within one jit."""
     params, x = mlp_parameters(6, 8, 3), draw(15, 4, 6)

@@ -15,8 +15,6 @@ from jaxlrp import Composite, composites, lrp, plan, rewrite, rules, select, val
 from jaxlrp.evaluate import conservation
 from nets import close, draw, quick_compilation, same  # noqa: F401
 
-pytestmark = pytest.mark.smoke
-
 X = draw(1, 2, 3, 4, 8)
 G, B, W = draw(2, 8), draw(3, 8), draw(4, 8, 5)
 NORMS = select.kind("layer_norm", "rms_norm", "group_norm", "batch_norm")

@@ -351,6 +351,7 @@ def test_lrp_zero_is_a_pattern():
     close(lrp(g, composites.pattern_attribution(found), target=1)(x), lrp(g, zero, target=1)(x), 1e-10)
 
 
+@pytest.mark.slow
 def test_backward_pass_of_a_network():
     """The composites are the gradient's backward pass with other kernels, ReLU masks and pool winners included."""
     kernels = {name: P[name] for name in ("conv1", "conv2", "conv3", "dense", "out")}
@@ -380,6 +381,7 @@ def test_flax_model():
     close(list(for_apply.values()), list(found.values()), 1e-5)
 
 
+@pytest.mark.slow
 def test_transforms():
     found = patterns.fit(partial(nets.cnn, P), [X])
     explain = lambda found, x: lrp(partial(nets.cnn, P), composites.pattern_attribution(found), target=1)(x)

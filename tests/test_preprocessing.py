@@ -16,8 +16,6 @@ from jax import lax
 from jaxlrp import Composite, composites, lrp, plan, rules, select, value_and_lrp
 from nets import close, draw, quick_compilation  # noqa: F401
 
-pytestmark = pytest.mark.smoke
-
 IMAGE = np.asarray(jax.random.uniform(jax.random.key(0), (1, 8, 8, 3), np.float64)) + 1e-7
 KERNEL = draw(1, 3, 3, 3, 4)
 HALVES = KERNEL[..., :2], KERNEL[..., 2:]

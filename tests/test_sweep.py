@@ -373,7 +373,7 @@ def test_what_predict_raises_is_raised(tmp_path):
         measured(tmp_path, predict=lambda x: 1 / 0)
     with pytest.raises(TargetError, match=r"predict made \[\(4,\)\] of inputs .*: write a function to"):
         measured(tmp_path / "a", predict=lambda x: x.sum((1, 2, 3)))
-    with pytest.raises(InputError, match="integer inputs"):
+    with pytest.raises(InputError, match="for inputs of int"):
         measured(tmp_path / "b", [(np.ones((2, 8), int), 0)], fills={"mean": "mean"})
     assert evaluate.read_sweep(tmp_path).table.num_rows == 0
 
