@@ -328,6 +328,7 @@ def kinds(f: Callable, x=X) -> list[str]:
     return [row.kind for row in plan(f, taylor() + composites.epsilon())(x) if row.kind != "structural"]
 
 
+@pytest.mark.slow
 @every_form
 def test_recognised(form):
     """In every wrap the same layer, with the relevance of the definition."""

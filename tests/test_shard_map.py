@@ -24,8 +24,6 @@ from jaxlrp.evaluate import conservation
 from jaxlrp.nn import local_response_norm
 from nets import LOCAL, close, draw, explained, quick_compilation, same  # noqa: F401
 
-pytestmark = pytest.mark.smoke
-
 MESH = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 SQUARE = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Auto))
 VMA = pytest.mark.parametrize("check_vma", [True, False], ids=["typed", "untyped"])

@@ -17,14 +17,14 @@ COMPOSITES = {
     "cp_lrp": composites.cp_lrp(),
     "gates, plus": GATES + composites.epsilon_plus(),
 }
-# the composite that one would choose; the others are slow tests
-OWN = dict.fromkeys(("CNN", "ResNet", "DenseNet", "U-Net", "LSTM seq2seq", "VAE"), "gates, plus")
+# three networks with the composite that one would choose; the others are slow tests
+OWN = dict.fromkeys(("CNN", "LSTM seq2seq"), "gates, plus") | {"Transformer LM": "attnlrp"}
 
 
 @pytest.mark.parametrize(
     ("name", "preset"),
     [
-        pytest.param(name, preset, marks=[] if preset == OWN.get(name, "attnlrp") else pytest.mark.slow)
+        pytest.param(name, preset, marks=[] if preset == OWN.get(name) else pytest.mark.slow)
         for name in ZOO
         for preset in COMPOSITES
     ],
