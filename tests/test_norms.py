@@ -84,9 +84,8 @@ def test_is_one_layer_that_passes_relevance(kind: str, norm: Callable):
     table = plan(f, composites.epsilon())(X)
     assert [row.kind for row in table] == ["activation", kind, "dense"], str(table)
     assert isinstance(table[1].rule, rules.Pass)
-    spans = kind == "group_norm" and norm in (MODULES["GroupNorm"][1], MODULES["nnx.GroupNorm"][1])
-    compare = close if spans else same  # Flax's GroupNorm takes in a jit of which it is only a part, jnp.repeat
-    compare(rewrite(f, composites.epsilon())(X), f(X))
+    # not bit for bit: a norm takes in jits of which it is only a part (jnp.mean, jnp.var), and XLA's fusions round
+    close(rewrite(f, composites.epsilon())(X), f(X))
     R = draw(6, 2, 3, 4, 5)
     inside = norm(jnp.tanh(X))
     right = lrp(lambda h: h @ W, composites.epsilon(), target=lambda y: R)(inside)
