@@ -23,6 +23,7 @@ from .program import Atom, Body, Constant, Op, leaves
 from .recognise import recognise
 from .rules import Gradient, Layer, Rule, broadcasts
 from .select import Selector
+from .silence import rectified
 from .source import source_of
 from .tokens import carrier_of, carrying
 from .trace import Traced, trace
@@ -117,7 +118,8 @@ def rewrite(
         traced, body = analyse(fun, args, kwargs, argnums, tokens=False)
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
-        outputs = Interpreter(body)(Settings(chosen_rules(ops, rules)), *traced.arrays)
+        run = Interpreter(body, rectified=rectified(body, rules))
+        outputs = run(Settings(chosen_rules(ops, rules)), *traced.arrays)
         return jax.tree.unflatten(traced.out_tree, outputs)
 
     return rewritten
@@ -191,7 +193,7 @@ def pullback(
         watched = [] if layers is None else _watched(ops, layers)
         masked = _masked(body, ops, masks or {})
         probes = _probes(body, ops, watched)
-        run = Interpreter(body, _arrived)
+        run = Interpreter(body, _arrived, rectified=rectified(body, rules))
         settings = Settings(chosen_rules(ops, rules, {*watched, *masked}), probes, masked)
 
         def forward(xs: list[Any], probes: dict[int, Any]) -> Any:

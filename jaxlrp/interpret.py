@@ -52,10 +52,17 @@ class Interpreter:
     """Runs one body with any settings, as often as wanted. An Op without a rule keeps JAX's own derivative.
 
     total: under `shard_map` all devices' reports are added up in one probe, instead of one probe for each device.
+    rectified: the Ops at which no relevance arrives where their output is not positive, whatever the settings.
     """
 
-    def __init__(self, body: Body, report: Report | None = None, total: bool = False):
-        self.body, self._total = body, total
+    def __init__(
+        self,
+        body: Body,
+        report: Report | None = None,
+        total: bool = False,
+        rectified: frozenset[Op] = frozenset(),
+    ):
+        self.body, self._total, self._rectified = body, total, rectified
         self._index: dict[Op | Loop, int] = {op: i for i, op in enumerate(body.ops())}
         self._index |= {loop: -1 - k for k, loop in enumerate(loops(body))}
         self._report = report
@@ -92,7 +99,7 @@ class Interpreter:
         inputs = [tokenise(env[v], embeds) for v in op.inputs]
         params = [plain(env[v]) for v in op.params]
         probe, mask = settings.probes.get(i), settings.masks.get(i)
-        env[op.output] = apply(op, settings.rules[i], inputs, params, probe, mask, self._report)
+        env[op.output] = apply(op, settings.rules[i], inputs, params, probe, mask, self._report, op in self._rectified)
 
     def _group(self, group: Group, settings: Settings, inputs: list[Any]) -> Sequence[Any]:
         """A `jit` or `remat` again around its steps; one function per group, so that JAX finds it compiled."""
@@ -263,7 +270,14 @@ def device_counts(loop: Loop, step: Op | Loop) -> dict[Any, int]:
 
 
 def apply(
-    op: Op, rule: Rule, inputs: list[Any], params: list[Any], probe: Any, mask: Any, report: Report | None
+    op: Op,
+    rule: Rule,
+    inputs: list[Any],
+    params: list[Any],
+    probe: Any,
+    mask: Any,
+    report: Report | None,
+    rectified: bool = False,
 ) -> Any:
     """The Op's value, with the rule as its derivative with respect to the inputs."""
 
@@ -283,7 +297,7 @@ def apply(
 
     def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None, Any, None]:
         rule, (inputs, params, output), mask = saved
-        layer = Layer(op, inputs and list(map(plain, inputs)), params, output, books=probed)
+        layer = Layer(op, inputs and list(map(plain, inputs)), params, output, probed, rectified)
         rule = jax.tree.map(lambda n: layer._cast(n) if hasattr(n, "dtype") else n, rule)
         relevance = layer._cast(relevance)
         if mask is not None:

@@ -40,6 +40,7 @@ ORDER = [
     "select",
     "composites",
     "assign",
+    "silence",
     "interpret",
     "attribute",
     "patterns",

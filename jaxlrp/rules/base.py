@@ -107,6 +107,10 @@ class Rule:
         """What a person should know about the rule at this Op, for the plan; "" for nothing."""
         return ""
 
+    def proportional(self, op: Op) -> bool:
+        """Whether an input's relevance is a multiple of its value, so that a zero receives none."""
+        return False
+
     def needs(self, op: Op) -> frozenset[str]:
         """What of this Op must be kept for `propagate`: `uses`, unless the rule treats some kinds otherwise."""
         return self.uses
@@ -151,6 +155,7 @@ class Layer:
     `arithmetic.resolved`. `apply(*inputs)` is the layer itself; `kernel` and the methods below it exist for dense and
     conv Ops, whose every step but the core has been folded away: output = forward(active, kernel) + bias.
 
+    rectified: whether no relevance arrives where the output is negative or 0, a ReLU being what reads it.
     books: what became of relevance that was not passed on, where a ledger asks for it ("bias", "stabiliser",
     "dropped"); else None.
     """
@@ -162,8 +167,9 @@ class Layer:
         params: Sequence[Any] | None,
         output: Any,
         books: bool = False,
+        rectified: bool = False,
     ):
-        self.op = op
+        self.op, self.rectified = op, rectified
         self.books: dict[str, jax.Array] | None = {} if books else None
         # the compute dtype; of complex numbers, that of their parts
         self.dtype = jnp.finfo(jnp.promote_types(op.output.aval.dtype, jnp.float32)).dtype

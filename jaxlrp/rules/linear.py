@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InputError
+from ..program import Op
 from .arithmetic import by_parts, divide, stabilise
 from .base import KERNEL, LINEAR, Layer, Rule, check_choice, check_number, concrete, rule
 
@@ -77,22 +78,34 @@ def share(
 
     z: sum_j c_jk + bias, the denominator under the policies "absorb" and "distribute".
     """
+    s, spread = ratio(layer, relevance, z, bias, policy, epsilon)
+    return messages(layer, terms, s) + spread
+
+
+def ratio(
+    layer: Layer,
+    relevance: jax.Array,
+    z: jax.Array,
+    bias: jax.Array | None = None,
+    policy: str = "absorb",
+    epsilon: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """s_k = R_k / z_k, and what the policy "distribute" gives the inputs of the bias's share."""
     if bias is not None and policy == "ignore":
         z, bias = z - bias, None
     divisor = z if epsilon is None else stabilise(z, epsilon)
-    s = divide(relevance, divisor)
-    received = messages(layer, terms, s)
+    s, spread = divide(relevance, divisor), jnp.zeros((), layer.dtype)
     if bias is not None and policy == "distribute":
         ones = [(layer.ones, jnp.ones_like(layer.kernel))]
         count = total(layer, ones)
-        received += messages(layer, ones, divide(s * bias, count))
+        spread = messages(layer, ones, divide(s * bias, count))
         layer.book("dropped", lambda: jnp.where(count == 0, s * bias, 0))  # of a unit that reads padding alone
     elif bias is not None:
         layer.book("bias", lambda: s * bias)
     if epsilon is not None:
         layer.book("stabiliser", lambda: s * (divisor - z))
     layer.book("dropped", lambda: jnp.where(divisor == 0, relevance, 0))
-    return received
+    return s, spread
 
 
 def in_proportion(
@@ -150,6 +163,9 @@ class Zero(Rule):
     def __post_init__(self) -> None:
         check_choice(self, "bias", *_POLICIES)
 
+    def proportional(self, op: Op) -> bool:
+        return self.bias != "distribute"
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         return in_proportion(layer, relevance, self.bias)
 
@@ -174,6 +190,9 @@ class Epsilon(Rule):
         check_choice(self, "stabiliser", "absolute", "relative")
         check_choice(self, "bias", *_POLICIES)
 
+    def proportional(self, op: Op) -> bool:
+        return self.bias != "distribute"
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         return in_proportion(layer, relevance, self.bias, scaled(self.epsilon, self.stabiliser, layer.output))
 
@@ -195,6 +214,9 @@ class ZPlus(Rule):
 
     def __post_init__(self) -> None:
         check_choice(self, "bias", *_POLICIES)
+
+    def proportional(self, op: Op) -> bool:
+        return self.bias != "distribute"
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         terms, b = excitatory(layer), positive(layer.bias)
@@ -231,6 +253,9 @@ class AlphaBeta(Rule):
         """The talk's parametrisation, (1 + beta, beta)."""
         return cls(1 + beta, beta)
 
+    def proportional(self, op: Op) -> bool:
+        return self.bias != "distribute"
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         plus, minus = excitatory(layer), inhibitory(layer)
         b_plus, b_minus = positive(layer.bias), negative(layer.bias)
@@ -265,6 +290,9 @@ class FourQuadrant(Rule):
         if all(v is not None for v in values) and not np.allclose(sum(values), 1, rtol=0, atol=1e-5):  # type: ignore[arg-type]
             raise InputError(f"{self!r}: the four numbers must have the sum 1")
 
+    def proportional(self, op: Op) -> bool:
+        return True
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         a, w = layer.active, layer.kernel
         quadrants = [(self.pos_pos, positive(a), positive(w)), (self.pos_neg, positive(a), negative(w))]
@@ -293,6 +321,9 @@ class Gamma(Rule):
         check_choice(self, "bias", *_POLICIES)
         check_number(self, "gamma", minimum=0)
 
+    def proportional(self, op: Op) -> bool:
+        return self.bias != "distribute"
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         plus, b = excitatory(layer), layer.bias
         z = layer.output + self.gamma * (total(layer, plus) + positive(b))
@@ -320,18 +351,33 @@ class GeneralizedGamma(Rule):
         check_choice(self, "bias", *_POLICIES)
         check_number(self, "gamma", minimum=0)
 
+    def proportional(self, op: Op) -> bool:
+        return self.bias != "distribute"
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        plus, minus, z, b = excitatory(layer), inhibitory(layer), layer.output, layer.bias
-        z_plus = total(layer, plus) + positive(b)
-        # z- needs no pass of its own: it enters a sum with z only where |z-| >= z+, so nothing cancels
-        z_minus = z - z_plus
-        received = jnp.zeros_like(layer.active)
-        for half, terms, part, b_part in (
-            (z > 0, plus, z_plus, positive(b)),
-            (z < 0, minus, z_minus, negative(b)),
-        ):
-            divisor = jnp.where(half, z + self.gamma * part, 1)
-            chosen, gamma = jnp.where(half, relevance, 0), self.gamma
-            received += share(layer, chosen, weighted(layer, gamma, terms), divisor, b + gamma * b_part, self.bias)
+        a, w, z, b = layer.active, layer.kernel, layer.output, layer.bias
+        if layer.nonneg:
+            plus = layer.forward(a, positive(w)) + positive(b)
+        else:  # c+ = (c + |c|) / 2 is one pass instead of two
+            plus = (z - b + layer.forward(jnp.abs(a), jnp.abs(w))) / 2 + positive(b)
+        # The sum of one sign enters that of z only where it is the larger one, so nothing cancels in these differences.
+        up, spread = self._ratio(layer, relevance, z > 0, plus, positive(b))
+        down = jnp.zeros_like(up)
+        if not layer.rectified:
+            down, more = self._ratio(layer, relevance, z < 0, z - plus, negative(b))
+            spread += more
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
-        return (layer.leave(received),)
+        if layer.nonneg:
+            received = a * layer.backward(up, w + self.gamma * positive(w))
+            if not layer.rectified:
+                received += a * layer.backward(down, w + self.gamma * negative(w))
+        else:
+            half = self.gamma / 2
+            received = (1 + half) * a * layer.backward(up + down, w)
+            received += half * jnp.abs(a) * layer.backward(up - down, jnp.abs(w))
+        return (layer.leave(received + spread),)
+
+    def _ratio(self, layer: Layer, relevance: jax.Array, chosen: jax.Array, part: jax.Array, b: jax.Array) -> Any:
+        """`ratio` of the chosen units, whose contributions of one sign, and their bias b, sum to `part`."""
+        z = jnp.where(chosen, layer.output + self.gamma * part, 1)
+        return ratio(layer, jnp.where(chosen, relevance, 0), z, layer.bias + self.gamma * b, self.bias)
