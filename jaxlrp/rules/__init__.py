@@ -3,9 +3,10 @@
 from .activation import BetaSmooth, DeconvNet, Gradient, GuidedBackprop, Pass, SoftmaxTaylor, Stop
 from .arithmetic import by_parts, divide, stabilise, summed
 from .attention import Attention
-from .base import KERNEL, LINEAR, Layer, Rule, broadcasts, rule
+from .base import KERNEL, LINEAR, Rule, broadcasts, rule
 from .domain import Flat, WSquare, ZBox
 from .embedding import EmbeddingSum
+from .layer import Layer
 from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
 from .normalisation import ConstantStatistics
 from .pattern import PatternAttribution, PatternNet

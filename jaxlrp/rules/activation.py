@@ -12,7 +12,8 @@ from jax.extend.core import primitives as p
 from .. import _compat
 from ..program import Atom, Constant, Op, leaves
 from .arithmetic import divide
-from .base import NORMS, Layer, Rule, broadcasts, check_number, rule
+from .base import NORMS, Rule, broadcasts, check_number, rule
+from .layer import Layer
 
 
 @rule

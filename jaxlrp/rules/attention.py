@@ -11,7 +11,8 @@ from jax.extend.core import primitives as p
 from ..program import Equation
 from ..single import multiplies
 from .arithmetic import divide, stabilise
-from .base import Layer, Rule, check_choice, check_number, rule
+from .base import Rule, check_choice, check_number, rule
+from .layer import Layer
 
 
 @rule

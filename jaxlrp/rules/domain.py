@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from ..errors import InputError
 from ..program import Op
-from .base import KERNEL, Layer, Rule, broadcasts, check_number, concrete, rule
+from .base import KERNEL, Rule, broadcasts, check_number, concrete, rule
+from .layer import Layer
 from .linear import negative, positive, share, total
 
 

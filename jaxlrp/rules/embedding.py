@@ -8,7 +8,8 @@ import jax
 from jax.extend.core import primitives as p
 
 from ..program import leaves
-from .base import Layer, Rule, rule
+from .base import Rule, rule
+from .layer import Layer
 
 
 @rule

@@ -19,7 +19,8 @@ import numpy as np
 from ..errors import InputError
 from ..program import Op
 from .arithmetic import by_parts, divide, stabilise
-from .base import KERNEL, LINEAR, Layer, Rule, check_choice, check_number, concrete, rule
+from .base import KERNEL, LINEAR, Rule, check_choice, check_number, concrete, rule
+from .layer import Layer
 
 Terms = list[tuple[jax.Array, jax.Array]]  # (input, kernel) pairs: their sum of products is one set of contributions
 
@@ -116,16 +117,13 @@ def in_proportion(
     A complex number counts as two, its real and its imaginary part (Vielhaben et al. 2024, for the Fourier transform);
     z_k is twice the output where two complex data values are multiplied, as each is a factor of all contributions.
     """
-    if layer.op.linear is not None:
+    if layer.op.linear is not None and policy == "distribute":
         terms = [(layer.active, layer.kernel)]
-        needs_bias = policy != "absorb" or layer.books is not None
-        bias = layer.bias if needs_bias else None
-        return (layer.leave(share(layer, relevance, terms, layer.output, bias, policy, epsilon)),)
+        return (layer.leave(share(layer, relevance, terms, layer.output, layer.bias, policy, epsilon)),)
     z = layer.output - layer.offset if policy == "ignore" else layer.degree * layer.output
     divisor = z if epsilon is None else stabilise(z, epsilon)
     s = divide(relevance, divisor)
-    _, pull = jax.vjp(layer.apply, *layer.inputs)
-    received = [by_parts(jnp.multiply, x, g) for x, g in zip(layer.inputs, pull(s), strict=True)]
+    received = [by_parts(jnp.multiply, x, g) for x, g in zip(layer.inputs, layer.pull(s), strict=True)]
     if policy == "distribute" and layer.op.kind in ("scale", "batch_norm"):
         received[0] += s * layer.offset
     elif policy != "ignore":
@@ -356,10 +354,8 @@ class GeneralizedGamma(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         a, w, z, b = layer.active, layer.kernel, layer.output, layer.bias
-        if layer.nonneg:
-            plus = layer.forward(a, positive(w)) + positive(b)
-        else:  # c+ = (c + |c|) / 2 is one pass instead of two
-            plus = (z - b + layer.forward(jnp.abs(a), jnp.abs(w))) / 2 + positive(b)
+        sizes = jnp.abs(a), jnp.abs(w)
+        plus = (z - b + layer.forward(*sizes)) / 2 + positive(b)  # c+ = (c + |c|) / 2 is one pass, for signed a too
         # The sum of one sign enters that of z only where it is the larger one, so nothing cancels in these differences.
         up, spread = self._ratio(layer, relevance, z > 0, plus, positive(b))
         down = jnp.zeros_like(up)
@@ -367,14 +363,12 @@ class GeneralizedGamma(Rule):
             down, more = self._ratio(layer, relevance, z < 0, z - plus, negative(b))
             spread += more
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
-        if layer.nonneg:
+        if layer.nonneg and layer.rectified:
             received = a * layer.backward(up, w + self.gamma * positive(w))
-            if not layer.rectified:
-                received += a * layer.backward(down, w + self.gamma * negative(w))
-        else:
+        else:  # kernels without gamma, which variants share
             half = self.gamma / 2
             received = (1 + half) * a * layer.backward(up + down, w)
-            received += half * jnp.abs(a) * layer.backward(up - down, jnp.abs(w))
+            received += half * sizes[0] * layer.backward(up - down, sizes[1])
         return (layer.leave(received + spread),)
 
     def _ratio(self, layer: Layer, relevance: jax.Array, chosen: jax.Array, part: jax.Array, b: jax.Array) -> Any:

@@ -17,7 +17,8 @@ from jax.extend.core import primitives as p
 from ..norms import ROOTS
 from ..program import Equation, Op
 from .arithmetic import divide, halved, stabilise
-from .base import NORMS, Layer, Rule, check_choice, check_number, rule
+from .base import NORMS, Rule, check_choice, check_number, rule
+from .layer import Layer
 
 
 @rule

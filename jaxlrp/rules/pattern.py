@@ -16,7 +16,8 @@ import numpy as np
 from ..errors import InputError
 from ..program import Op
 from .arithmetic import divide
-from .base import KERNEL, Layer, Rule, concrete, rule
+from .base import KERNEL, Rule, concrete, rule
+from .layer import Layer
 
 
 @rule

@@ -13,7 +13,8 @@ from jax.extend.core import primitives as p
 from ..program import Equation, leaves
 from ..single import reducer
 from .arithmetic import divide
-from .base import Layer, Rule, check_choice, rule
+from .base import Rule, check_choice, rule
+from .layer import Layer
 
 _OVER_AXES = (p.reduce_max_p, p.reduce_min_p, p.reduce_p)
 _OVER_WINDOWS = (p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_p)

@@ -11,7 +11,8 @@ from jax.extend.core import primitives as p
 
 from ..program import Atom, Op, Value, leaves
 from .arithmetic import divide, stabilise
-from .base import Layer, Rule, check_number, rule
+from .base import Rule, check_number, rule
+from .layer import Layer
 
 
 def operands(op: Op) -> list[Value]:

@@ -14,7 +14,8 @@ import jax
 from jax.extend.core import primitives as p
 
 from ..program import Op, Value, leaves
-from .base import Layer, Rule, check_choice, check_number, rule
+from .base import Rule, check_choice, check_number, rule
+from .layer import Layer
 from .product import by_operands, equal_shares, operands, shares_by_value
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from ..program import Atom, leaves
 from ..response import parts
-from .base import Layer, Rule, check_choice, rule
+from .base import Rule, check_choice, rule
+from .layer import Layer
 
 
 @rule

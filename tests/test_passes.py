@@ -1,0 +1,98 @@
+"""Convolutions written as products of their taps are the same convolutions, and chosen where they are faster."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxlrp import Composite, lrp, rules, select
+from jaxlrp.attribute import analyse
+from jaxlrp.rules import passes
+
+pytestmark = pytest.mark.smoke
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def convolution(spec, strides, padding, dilation=None, groups=1):
+    return lambda x, w: lax.conv_general_dilated(
+        x, w, strides, padding, rhs_dilation=dilation, dimension_numbers=spec, feature_group_count=groups
+    )
+
+
+IMAGES = ("NHWC", "HWIO", "NHWC")
+CASES = {
+    "plain": (convolution(IMAGES, (1, 1), "SAME"), (2, 7, 6, 3), (3, 3, 3, 4)),
+    "one wide": (convolution(IMAGES, (1, 1), "VALID"), (2, 7, 6, 3), (1, 1, 3, 4)),
+    "one wide, strided": (convolution(IMAGES, (2, 2), "VALID"), (2, 7, 6, 3), (1, 1, 3, 4)),
+    "strides and edges": (convolution(IMAGES, (2, 3), ((2, 1), (0, 3))), (2, 8, 9, 3), (3, 4, 3, 4)),
+    "cropped": (convolution(IMAGES, (1, 1), ((-1, 2), (0, -2))), (2, 8, 9, 3), (3, 3, 3, 4)),
+    "dilated": (convolution(IMAGES, (1, 2), "SAME", (2, 3)), (2, 9, 9, 3), (3, 3, 3, 4)),
+    "channels first": (convolution(("NCHW", "OIHW", "NCHW"), (2, 1), "SAME"), (2, 3, 8, 7), (4, 3, 3, 3)),
+    "mixed": (convolution(("NHWC", "OIHW", "HNCW"), (1, 1), "SAME"), (2, 5, 6, 3), (4, 3, 3, 2)),
+    "depthwise": (convolution(IMAGES, (2, 2), "SAME", None, 3), (2, 7, 6, 3), (3, 3, 1, 3)),
+    "depthwise, two each": (convolution(IMAGES, (1, 1), "SAME", None, 3), (2, 7, 6, 3), (3, 3, 1, 6)),
+    "smaller than its window": (convolution(IMAGES, (1, 1), "SAME"), (2, 2, 2, 3), (3, 3, 3, 4)),
+    "a line": (convolution(("NWC", "WIO", "NWC"), (2,), "SAME"), (2, 9, 3), (4, 3, 5)),
+    "a volume": (convolution(("NDHWC", "DHWIO", "NDHWC"), (1, 2, 1), "SAME"), (2, 3, 4, 5, 2), (2, 3, 2, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("conv, image, window", CASES.values(), ids=CASES)
+def test_taps_are_the_convolution_and_its_transpose(conv, image, window):
+    x, w = draw(1, *image), draw(2, *window)
+    (op,) = analyse(conv, (x, w), {}, 0)[1].ops()
+    taps = lambda x: passes.by_taps(op.linear.core, x, w)
+    (value, pull), (right, right_pull) = jax.vjp(taps, x), jax.vjp(lambda x: conv(x, w), x)
+    np.testing.assert_allclose(value, right, rtol=0, atol=1e-12)
+    r = draw(3, *value.shape)
+    np.testing.assert_allclose(pull(r)[0], right_pull(r)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rules_do_not_depend_on_the_form(case, monkeypatch):
+    conv, image, window = CASES[case]
+    x, w = draw(4, *image), draw(5, *window)
+    composite = Composite([(select.kind("conv"), rules.AlphaBeta()), (select.everything(), rules.Epsilon())])
+    found = []
+    for form in (True, False):
+        monkeypatch.setattr("jaxlrp.rules.layer.faster", lambda core, transposed, form=form: form)
+        found.append([lrp(lambda x: conv(x, w), c)(x) for c in (composite, Composite(composite.rows[1:]))])
+    for taps, own in zip(*found, strict=True):
+        np.testing.assert_allclose(taps, own, rtol=0, atol=1e-10 * np.abs(own).max())
+
+
+@pytest.mark.parametrize(
+    "image, window, groups, forward, transposed",
+    [
+        ((1, 28, 28, 64), (1, 1, 64, 8), 1, True, True),  # one wide
+        ((1, 28, 28, 64), (3, 3, 1, 64), 64, True, True),  # depthwise
+        ((1, 28, 28, 64), (3, 3, 2, 64), 32, False, False),  # other groups
+        ((1, 28, 28, 64), (3, 3, 64, 64), 1, False, False),
+        ((1, 28, 28, 256), (3, 3, 256, 256), 1, False, True),  # the kernel costs time to turn
+        ((1, 14, 14, 256), (3, 3, 256, 256), 1, True, True),
+        ((16, 28, 28, 256), (3, 3, 256, 256), 1, False, False),
+        ((16, 2, 2, 8), (3, 3, 8, 8), 1, True, True),  # smaller than its window
+        ((1, 28, 28, 3), (9, 9, 3, 3), 1, False, False),
+    ],
+)
+def test_where_taps_are_faster(image, window, groups, forward, transposed):
+    conv = convolution(IMAGES, (1, 1), "SAME", None, groups)
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (image, window))
+    core = jax.make_jaxpr(conv)(*shapes).eqns[0]
+
+    class Core:  # an equation whose atoms are JAX's own
+        primitive, params, inputs, outputs = core.primitive, core.params, core.invars, core.outvars
+
+    assert (passes.faster(Core, False), passes.faster(Core, True)) == (forward, transposed)
+
+
+def test_other_platforms_keep_their_convolutions(monkeypatch):
+    conv, image, window = CASES["one wide"]
+    (op,) = analyse(conv, (draw(1, *image), draw(2, *window)), {}, 0)[1].ops()
+    assert passes.faster(op.linear.core, False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not passes.faster(op.linear.core, False)
