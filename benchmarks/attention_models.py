@@ -66,7 +66,9 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Radford et al. 2019; the defaults are GPT-2's smallest. Ids (N, T) -> logits after the last (N, vocabulary)."""
+    """Radford et al. 2019; the defaults are GPT-2's smallest. Ids (N, T), or rows of the table (N, T, width) in their
+    place -> logits after the last (N, vocabulary).
+    """
 
     depth: int = 12
     width: int = 768
@@ -78,6 +80,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         embed = nn.Embed(self.vocabulary, self.width, name="tokens")
-        x = embed(ids) + nn.Embed(self.length, self.width, name="positions")(jnp.arange(ids.shape[1]))
+        rows = embed(ids) if jnp.issubdtype(ids.dtype, jnp.integer) else ids
+        x = rows + nn.Embed(self.length, self.width, name="positions")(jnp.arange(ids.shape[1]))
         x = Stack(self.depth, self.heads, 4 * self.width, causal=True, scanned=self.scanned, name="stack")(x)
         return embed.attend(nn.LayerNorm(name="norm")(x)[:, -1])

@@ -5,7 +5,8 @@
 The baseline is the value and the gradient of one logit with respect to the input. Everything is jitted, with the
 composite, the parameters and the input as arguments. A round runs each function once, in an order that rotates from
 round to round; a ratio compares two times of the same round, so that slow drifts of the machine cancel, and the table
-shows the median ratio, the least and the greatest. Compile time is tracing, lowering and XLA's compilation together.
+shows the median ratio, the least and the greatest. Trace time is that of one call without caches, compile time that of
+lowering and XLA together. Transformers are explained by `attnlrp` and `cp_lrp`, the decoder at its embedded tokens.
 
 Memory is XLA's plan for the compiled program: `temp` is all that is neither argument nor output, without what a
 convolution library allocates at run time. Each model runs in a process of its own, whose peak resident memory, over
@@ -45,7 +46,10 @@ COMPOSITES: dict[str, Callable[[], jaxlrp.Composite]] = {
     "epsilon_alpha2_beta1": jaxlrp.composites.epsilon_alpha2_beta1,
     "epsilon_alpha2_beta1_flat": jaxlrp.composites.epsilon_alpha2_beta1_flat,
     "deep_taylor": jaxlrp.composites.deep_taylor,
+    "attnlrp": jaxlrp.composites.attnlrp,
+    "cp_lrp": jaxlrp.composites.cp_lrp,
 }
+TRANSFORMERS = ("vit", "decoder")
 MEMORY = ("temp_size_in_bytes", "argument_size_in_bytes", "output_size_in_bytes")
 MIB = 2**20
 COLUMNS = (  # of the table: title, key of the row, scale
@@ -53,7 +57,10 @@ COLUMNS = (  # of the table: title, key of the row, scale
     ("ratio", "ratio", 1),
     ("min", "ratio_min", 1),
     ("max", "ratio_max", 1),
+    ("trace s", "trace_s", 1),
+    ("ratio", "trace_ratio", 1),
     ("compile s", "compile_s", 1),
+    ("ratio", "compile_ratio", 1),
     ("temp MiB", "temp_size_in_bytes", 1 / MIB),
     ("ratio", "temp_ratio", 1),
     ("args MiB", "argument_size_in_bytes", 1 / MIB),
@@ -77,6 +84,12 @@ def prepare(name: str, apply: models.Apply, params: Any, x: jax.Array) -> tuple[
     return lrp, (COMPOSITES[name](), params, x)
 
 
+def defaults(model: str) -> list[str]:
+    """The composites that are meant for a model."""
+    attention = ("attnlrp", "cp_lrp")
+    return [c for c in COMPOSITES if (c in attention) == (model in TRANSFORMERS)]
+
+
 def measure(model: str, args: argparse.Namespace, out: Path) -> None:
     """Measure one model; write its result to `out` after every step, so that a killed process leaves a record."""
     result: dict[str, Any] = {"model": model, "batch": args.batch, "size": args.size, "rows": {}}
@@ -94,15 +107,18 @@ def measure(model: str, args: argparse.Namespace, out: Path) -> None:
         images = np.random.default_rng(1).standard_normal((args.batch, *shape), np.float32)
         x = jax.numpy.asarray(images.clip(-3, 3))
         run = {}
-        for name in ("forward", BASELINE, *args.composites):
+        for name in ("forward", BASELINE, *(args.composites or defaults(model))):
             row: dict[str, Any] = {}
             rows[name] = row
             save()  # should this row kill the process, the record ends with it
+            jax.clear_caches()
             try:
                 function, arguments = prepare(name, apply, params, x)
                 start = time.perf_counter()
-                compiled = function.lower(*arguments).compile()
-                row["compile_s"] = time.perf_counter() - start
+                traced = function.trace(*arguments)
+                row["trace_s"] = time.perf_counter() - start
+                compiled = traced.lower().compile()
+                row["compile_s"] = time.perf_counter() - start - row["trace_s"]
                 memory = compiled.memory_analysis()  # None where the platform has none
                 row |= {key: getattr(memory, key) for key in MEMORY if hasattr(memory, key)}
                 outputs = jax.block_until_ready(compiled(*arguments))  # the warm-up
@@ -134,8 +150,9 @@ def summarise(result: dict[str, Any]) -> None:
             row["median_s"] = median(row["seconds"])
             if ratios := [a / b for a, b in zip(row["seconds"], baseline.get("seconds", []), strict=False)]:
                 row |= {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-        if row.get("temp_size_in_bytes") and baseline.get("temp_size_in_bytes"):
-            row["temp_ratio"] = row["temp_size_in_bytes"] / baseline["temp_size_in_bytes"]
+        for key in ("temp_size_in_bytes", "trace_s", "compile_s"):
+            if row.get(key) and baseline.get(key):
+                row[key.split("_")[0] + "_ratio"] = row[key] / baseline[key]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -171,7 +188,7 @@ def isolated(model: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(models.MODELS), choices=models.MODELS)
-    parser.add_argument("--composites", nargs="*", default=list(COMPOSITES), choices=COMPOSITES)
+    parser.add_argument("--composites", nargs="+", choices=COMPOSITES, help="else those meant for each model")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--size", type=int, default=224, help="height and width of the input")

@@ -5,6 +5,7 @@ from typing import Any
 
 from . import composites, errors, evaluate, gradients, kinds, patterns, rules, select
 from .attribute import logits, lrp, plan, rewrite, value_and_lrp
+from .classes import per_target
 from .composites import Composite
 from .functional import functional
 from .similarity import bilrp
@@ -31,6 +32,7 @@ __all__ = [
     "logits",
     "lrp",
     "patterns",
+    "per_target",
     "plan",
     "rewrite",
     "rules",

@@ -43,6 +43,7 @@ ORDER = [
     "silence",
     "interpret",
     "attribute",
+    "classes",
     "patterns",
     "logits",
     "functional",

@@ -33,6 +33,7 @@ from jaxlrp import (
     logits,
     lrp,
     patterns,
+    per_target,
     plan,
     rewrite,
     rules,
@@ -269,6 +270,14 @@ case(SelectorError, lambda: rules.rule(type("R", (rules.Rule,), {"kinds": {"dens
 case(InputError, lambda: conservation(dense, linear(Books()))(X), "book('biass') .. \"bias\"")
 
 # pairs of features
+case(InputError, lambda: per_target(dense, ZERO, batch_size=0), "batch_size=0 .. write a positive integer, or None")
+case(TargetError, lambda: per_target(lambda x: (x, x), ZERO)(X), "every class of one output, got outputs of shapes [(3")
+case(TargetError, lambda: per_target(dense, ZERO, targets=3)(X), "of shape () .. for a single target, jaxlrp.lrp")
+case(TargetError, lambda: per_target(dense, ZERO, targets=[])(X), "of shape (0,) .. at least one")
+case(TargetError, lambda: per_target(dense, ZERO, targets=[0.0, 1.0])(X), "dtype float64: write integers (k,)")
+case(TargetError, lambda: per_target(dense, ZERO, targets=[0, 99])(X), "target 99 is out of range")
+case(TargetError, lambda: per_target(dense, ZERO, targets=[-1, 0])(X), "target -1 is out of range")
+case(TargetError, lambda: per_target(dense, ZERO, targets=[[0, 1, 2, 0]])(X), "target of shape (4,) does not fit")
 case(InputError, lambda: bilrp(dense, ZERO, batch_size=0), "batch_size=0 .. write a positive integer")
 case(InputError, lambda: bilrp(dense, ZERO, (0, 1))(X, X), "one argument, given twice .. argnums=(0, 1) and 2 argum")
 case(
