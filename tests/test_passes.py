@@ -34,6 +34,12 @@ CASES = {
     "channels first": (convolution(("NCHW", "OIHW", "NCHW"), (2, 1), "SAME"), (2, 3, 8, 7), (4, 3, 3, 3)),
     "mixed": (convolution(("NHWC", "OIHW", "HNCW"), (1, 1), "SAME"), (2, 5, 6, 3), (4, 3, 3, 2)),
     "depthwise": (convolution(IMAGES, (2, 2), "SAME", None, 3), (2, 7, 6, 3), (3, 3, 1, 3)),
+    "depthwise, uneven": (convolution(IMAGES, (3, 2), ((2, 0), (-1, 3)), (1, 2), 3), (2, 8, 9, 3), (3, 4, 1, 3)),
+    "depthwise, channels first": (
+        convolution(("NCHW", "OIHW", "NCHW"), (1, 2), "SAME", None, 3),
+        (2, 3, 8, 7),
+        (6, 1, 3, 2),
+    ),
     "depthwise, two each": (convolution(IMAGES, (1, 1), "SAME", None, 3), (2, 7, 6, 3), (3, 3, 1, 6)),
     "smaller than its window": (convolution(IMAGES, (1, 1), "SAME"), (2, 2, 2, 3), (3, 3, 3, 4)),
     "a line": (convolution(("NWC", "WIO", "NWC"), (2,), "SAME"), (2, 9, 3), (4, 3, 5)),
@@ -50,6 +56,8 @@ def test_taps_are_the_convolution_and_its_transpose(conv, image, window):
     np.testing.assert_allclose(value, right, rtol=0, atol=1e-12)
     r = draw(3, *value.shape)
     np.testing.assert_allclose(pull(r)[0], right_pull(r)[0], rtol=0, atol=1e-12)
+    if passes.own_windows(op.linear.core):
+        np.testing.assert_allclose(passes.back_by_taps(op.linear.core, r, w), pull(r)[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)

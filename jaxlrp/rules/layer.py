@@ -18,7 +18,7 @@ from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
 from .arithmetic import halved, resolved, summed
 from .base import LINEAR, NORMS
-from .passes import by_taps, faster
+from .passes import back_by_taps, by_taps, faster, own_windows
 
 
 class Layer:
@@ -179,8 +179,8 @@ class Layer:
             raw = self._read(linear.core.inputs[1 - linear.slot])
             value = self._core(entered, raw)
         else:
-            value = jnp.zeros(linear.core.outputs[0].aval.shape, self.dtype)
-        env: dict[Atom, Any] = {**self._fixed, linear.core.outputs[0]: value}
+            value = self._zeros
+        env: dict[Atom, Any] = {**self._fixed, self._end: value}
         return self._run(linear.after, env)[self.op.output]
 
     @cached_property
@@ -216,40 +216,31 @@ class Layer:
         (out,) = jax.linear_transpose(self._move, self.inputs[0])(r)
         return out
 
-    def forward(self, x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
+    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """core(x, kernel) in the shape of the output, without bias."""
-        linear = self._linear()
-        env: dict[Atom, Any] = {linear.core.outputs[0]: self._core(x, kernel, transposed)}
-        return self._follow(linear.after, env, self.op.output)
+        return self._follow(self._linear().after, {self._end: self._core(x, kernel)}, self.op.output)
 
     def backward(self, s: jax.Array, kernel: jax.Array) -> jax.Array:
         """The transpose of `forward` in its first argument."""
-        (out,) = jax.linear_transpose(lambda x: self.forward(x, kernel, transposed=True), self.active)(s)
-        return out
+        return self._back(self._to_core(s), kernel, self.active)
 
     def pull(self, s: jax.Array) -> tuple[jax.Array, ...]:
         """The transpose of the layer's derivative: sum_k s_k dz_k / da_j for each data input."""
         if self.op.linear is None:
             return jax.vjp(self.apply, *self.inputs)[1](s)
         linear = self.op.linear
-        core, kernel = linear.core, self._read(linear.core.inputs[1 - linear.slot])
 
         def follow(y: jax.Array) -> jax.Array:
-            return self._run(linear.after, {**self._fixed, core.outputs[0]: y})[self.op.output]
+            return self._run(linear.after, {**self._fixed, self._end: y})[self.op.output]
 
-        end = core.outputs[0].aval
-        zeros = _compat.vary(jnp.zeros(end.shape, self.dtype), _compat.varying(end))
-        _, after = jax.vjp(follow, zeros)  # whose scales multiply s
+        (s,) = jax.vjp(follow, self._zeros)[1](s)  # scales multiply s, not the kernel
         entered, before = jax.vjp(self._before, self.inputs[0])
-        (g,) = jax.linear_transpose(lambda x: self._core(x, kernel, transposed=True), entered)(*after(s))
-        return before(g)
+        return before(self._back(s, self._read(linear.core.inputs[1 - linear.slot]), entered))
 
     def per_unit(self, values: jax.Array) -> jax.Array:
         """Sums of an output-shaped array over all positions of each unit; the result broadcasts to the kernel."""
         linear = self._linear()
-        end = linear.core.outputs[0]
-        like = jax.ShapeDtypeStruct(end.aval.shape, self.dtype)
-        (values,) = jax.linear_transpose(lambda v: self._follow(linear.after, {end: v}, self.op.output), like)(values)
+        values = self._to_core(values)
         axes = kernel_axes(linear.core, linear.core.inputs[linear.slot]) or {}
         values = values.sum([i for i in range(values.ndim) if i not in axes])
         kept = [axes[i] for i in sorted(axes)]
@@ -260,12 +251,35 @@ class Layer:
         """`x`, shaped like the input, where its elements stand in the output of a norm."""
         return self._follow(leaves(self.op.steps), {self.op.inputs[0]: x}, self.op.output)
 
+    @property
+    def _end(self) -> Value:
+        return self._linear().core.outputs[0]
+
+    @property
+    def _zeros(self) -> jax.Array:
+        """What the core gives where the data is zero."""
+        return _compat.vary(jnp.zeros(self._end.aval.shape, self.dtype), _compat.varying(self._end.aval))
+
+    def _to_core(self, s: jax.Array) -> jax.Array:
+        """What is shaped like the output, in the shape of the core's."""
+        after = self._linear().after
+        (s,) = jax.linear_transpose(lambda y: self._follow(after, {self._end: y}, self.op.output), self._zeros)(s)
+        return s
+
     def _core(self, x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
         linear = self._linear()
         if linear.slot == 0 and faster(linear.core, transposed):
             return by_taps(linear.core, x, kernel)
         sizes = map(self._read, linear.core.inputs[2:])  # of the groups of a ragged product
         (out,) = self._evaluate(linear.core, [*([x, kernel] if linear.slot == 0 else [kernel, x]), *sizes])
+        return out
+
+    def _back(self, s: jax.Array, kernel: jax.Array, entered: jax.Array) -> jax.Array:
+        """The transpose of `_core` in x, which is shaped like `entered`."""
+        linear = self._linear()
+        if linear.slot == 0 and own_windows(linear.core) and faster(linear.core, transposed=True):
+            return back_by_taps(linear.core, s, kernel)
+        (out,) = jax.linear_transpose(lambda x: self._core(x, kernel, transposed=True), entered)(s)
         return out
 
     def _before(self, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Convolution by taps: sum_t x_t W_t over the positions t of the window, x_t the strided slice of x that t reads.
+"""Convolution by taps: sum_t x_t W_t over the places t of the window, x_t the strided slice of x that t reads.
 
 On CPU XLA's convolutions are slow where the window is one element wide, where each channel has a window of its own,
 where the image is small beside its kernel (which the transposed convolution reverses and transposes in memory first),
@@ -68,3 +68,37 @@ def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
             taps.append(jnp.tensordot(part, kernel[t], 1, precision=precision, preferred_element_type=x.dtype))
     total = sum(taps[1:], taps[0])
     return total.transpose(np.argsort((outputs[0], *outputs[2:], outputs[1])))
+
+
+def own_windows(core: Equation) -> bool:
+    """Whether each channel has windows of its own, in a convolution that `faster` names."""
+    return core.primitive is p.conv_general_dilated_p and core.params["feature_group_count"] > 1
+
+
+def back_by_taps(core: Equation, r: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The transpose of `by_taps` in x, where each channel has windows of its own: slices of r, too.
+
+    JAX's transpose of the slices is a sum of pads, and XLA computes what is padded once for each of them.
+    """
+    params = core.params
+    images, kernels, outputs = params["dimension_numbers"]
+    shape = core.inputs[0].aval.shape
+    size, channels = [shape[i] for i in images[2:]], shape[images[1]]
+    r = r.transpose(outputs[0], *outputs[2:], outputs[1])
+    kernel = kernel.transpose(*kernels[2:], kernels[1], kernels[0])
+    window, dilation, strides = kernel.shape[:-2], params["rhs_dilation"], params["window_strides"]
+    edges = [
+        (d * (k - 1) - low, n - 1 + low - s * (m - 1), s - 1)
+        for k, d, s, n, m, (low, _) in zip(
+            window, dilation, strides, size, r.shape[1:], params["padding"], strict=False
+        )
+    ]
+    r = lax.pad(r, jnp.zeros((), r.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    taps = []
+    for t in np.ndindex(*window):
+        start = [d * (k - 1 - i) for i, k, d in zip(t, window, dilation, strict=True)]
+        stop = [i + n for i, n in zip(start, size, strict=True)]
+        taps.append(lax.slice(r, (0, *start, 0), (len(r), *stop, r.shape[-1])) * kernel[t][0])
+    total = sum(taps[1:], taps[0])
+    total = total.reshape(*total.shape[:-1], channels, -1).sum(-1)
+    return total.transpose(np.argsort((images[0], *images[2:], images[1])))
