@@ -45,11 +45,17 @@ def stabilise(z: jax.Array, epsilon: Any) -> jax.Array:
     """z + epsilon * sign(z), with sign(0) = +1 (Bach et al. 2015, eq. 58)."""
 
     def real(z: jax.Array, epsilon: jax.Array) -> jax.Array:
-        return z + epsilon.astype(z.dtype) * jnp.where(z >= 0, 1, -1).astype(z.dtype)
+        epsilon = epsilon.astype(z.dtype)
+        return z + jnp.where(z >= 0, epsilon, -epsilon)
 
     return by_parts(real, z, jnp.asarray(epsilon))
 
 
 def divide(r: jax.Array, z: jax.Array) -> jax.Array:
     """r / z, and 0 where z is 0: a unit without contributions sends no messages."""
-    return by_parts(lambda r, z: jnp.where(z == 0, 0, r / jnp.where(z == 0, 1, z)), r, z)
+
+    def real(r: jax.Array, z: jax.Array) -> jax.Array:
+        zero = z == 0
+        return jnp.where(zero, 0, r / jnp.where(zero, 1, z))
+
+    return by_parts(real, r, z)

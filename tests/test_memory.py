@@ -1,0 +1,45 @@
+"""What an explanation keeps from the forward pass, by XLA's own account of the compiled program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.ad_checkpoint import checkpoint_policies
+
+from jaxlrp import composites, value_and_lrp
+
+WIDE, INNER, DEPTH = 64, 512, 12
+X = jax.ShapeDtypeStruct((256, WIDE), jnp.float32)
+PARAMS = tuple(jax.ShapeDtypeStruct((DEPTH, *shape), jnp.float32) for shape in ((WIDE, INNER), (INNER, WIDE)))
+INSIDE = 4 * X.shape[0] * INNER * DEPTH  # bytes of one value inside the block, of all iterations
+
+
+def block(x, weights):
+    v, w = weights
+    return x + jax.nn.relu(x @ v) @ w, None
+
+
+def stacked(block):
+    return lambda params, x: jax.lax.scan(block, x, params)[0]
+
+
+def temporaries(fun):
+    return jax.jit(fun).lower(PARAMS, X).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("composite", [composites.epsilon(), composites.epsilon_plus(), composites.attnlrp()])
+def test_a_checkpoint_recomputes_instead_of_storing(composite):
+    """As for the gradient: `jax.checkpoint`, by its policy, drops what lies inside a block.
+
+    In a loop: elsewhere XLA for CPU merges the second computation with the first.
+    """
+    kept, recomputed, dots = (
+        temporaries(value_and_lrp(stacked(each), composite, 1))
+        for each in (
+            block,
+            jax.checkpoint(block),
+            jax.checkpoint(block, policy=checkpoint_policies.dots_with_no_batch_dims_saveable),
+        )
+    )
+    assert recomputed < 0.5 * kept
+    assert INSIDE < dots < 0.7 * kept  # the products are saved, the activation between them is not
+    assert recomputed < INSIDE
