@@ -81,7 +81,8 @@ def test_rules_do_not_depend_on_the_form(case, monkeypatch):
         ((1, 28, 28, 64), (3, 3, 2, 64), 32, False, False),  # other groups
         ((1, 28, 28, 64), (3, 3, 64, 64), 1, False, False),
         ((1, 28, 28, 256), (3, 3, 256, 256), 1, False, True),  # the kernel costs time to turn
-        ((1, 14, 14, 256), (3, 3, 256, 256), 1, True, True),
+        ((1, 14, 14, 256), (3, 3, 256, 256), 1, False, True),
+        ((1, 7, 7, 256), (3, 3, 256, 256), 1, True, True),
         ((16, 28, 28, 256), (3, 3, 256, 256), 1, False, False),
         ((16, 2, 2, 8), (3, 3, 8, 8), 1, True, True),  # smaller than its window
         ((1, 28, 28, 3), (9, 9, 3, 3), 1, False, False),

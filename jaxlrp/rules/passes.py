@@ -20,7 +20,7 @@ from jax.extend.core import primitives as p
 from ..program import Equation
 
 WIDE = 2**16  # inputs x outputs of a kernel that costs time to move
-FEW = {False: 256, True: 1024}  # positions of an image that is small beside it: forward, transposed
+FEW = {False: 64, True: 1024}  # positions of an image that is small beside it: forward, transposed
 
 
 def faster(core: Equation, transposed: bool) -> bool:

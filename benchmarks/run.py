@@ -1,0 +1,42 @@
+"""Every benchmark of speed, one process after another: prints their tables, keeps them and their figures.
+
+    python benchmarks/run.py --out benchmarks/results       # jaxlrp installed, or PYTHONPATH=.
+
+`cost-cpu.json` holds the figures of `cost.py` on a CPU, `cost-cpu.txt` its table; a figure says where it was measured.
+Nothing else should run on the machine; with two cores it takes half an hour.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+NAMES = ("convolutions", "cost", "sharing", "scaling", "tracing", "response", "flipping", "peers")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    device, failed = jax.default_backend(), []
+    for name in options.names:
+        script, file = Path(__file__).with_name(f"{name}.py"), options.out / f"{name}-{device}"
+        command = [sys.executable, str(script), "--json", f"{file}.json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            lines = []
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                lines.append(line)
+        Path(f"{file}.txt").write_text("".join(lines))
+        failed += [name] if process.returncode else []
+    if failed:
+        print("failed: " + ", ".join(failed), file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
