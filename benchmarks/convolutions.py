@@ -7,6 +7,7 @@ A row: images x height x width x channels, window, outputs, stride. The last col
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,14 +55,23 @@ def main() -> None:
             return passes.by_taps(core, x, w)
 
         r = jnp.asarray(rng.standard_normal(conv(x, w).shape, np.float32))
-        runs = {}
-        for name, f in (("xla", conv), ("taps", taps)):
-            forward, transposed = (
-                jax.jit(f),
-                jax.jit(lambda r, w, x, f=f: jax.linear_transpose(lambda x: f(x, w), x)(r)),
+
+        def back(f, r, w, x):
+            return jax.linear_transpose(lambda x: f(x, w), x)(r)[0]
+
+        def back_by_taps(r, w, x, core=core):
+            return (
+                passes.back_by_taps(core, r, w) if passes.own_windows(core) else back(partial(taps, core=core), r, w, x)
             )
-            runs[name] = lambda f=forward, x=x, w=w: f(x, w)
-            runs[name + "^T"] = lambda f=transposed, x=x, w=w, r=r: f(r, w, x)
+
+        own, forward, transposed = jax.jit(conv), jax.jit(taps), jax.jit(back_by_taps)
+        own_transposed = jax.jit(partial(back, conv))
+        runs = {
+            "xla": partial(own, x, w),
+            "taps": partial(forward, x, w),
+            "xla^T": partial(own_transposed, r, w, x),
+            "taps^T": partial(transposed, r, w, x),
+        }
         seconds = rounds.measure(runs, options.rounds)
         one, other = rounds.ratios(seconds, "xla"), rounds.ratios(seconds, "xla^T")
         taken = [passes.faster(core, transposed) for transposed in (False, True)]

@@ -104,6 +104,7 @@ def measure(model: str, args: argparse.Namespace, out: Path) -> None:
         device = jax.devices()[0]
         result |= {"platform": device.platform, "device_kind": device.device_kind}
         apply, params, shape = models.build(model, args.size)
+        result["shape"] = shape
         images = np.random.default_rng(1).standard_normal((args.batch, *shape), np.float32)
         x = jax.numpy.asarray(images.clip(-3, 3))
         run = {}
@@ -157,8 +158,9 @@ def summarise(result: dict[str, Any]) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """One model's result as aligned text."""
-    size, rss = result["size"], result.get("peak_rss_bytes", 0) / MIB
-    title = f"{result['model']}, batch {result['batch']}, {size}x{size}x3, {result.get('device_kind', 'no device')}"
+    rss = result.get("peak_rss_bytes", 0) / MIB
+    shape = "x".join(map(str, (result["batch"], *result.get("shape", ()))))
+    title = f"{result['model']}, {shape}, {result.get('device_kind', 'no device')}"
     lines = [f"{title}, peak RSS {rss:.0f} MiB", f"  {'':26}" + "".join(f"{column:>10}" for column, *_ in COLUMNS)]
     for name, row in result["rows"].items():
         cells = (f"{row[key] * scale:.2f}" if key in row else "-" for _, key, scale in COLUMNS)

@@ -3,18 +3,21 @@
     python benchmarks/peers.py --json peers.json       # with .[bench,parity] and autolrp; PyTorch on this device
 
 VGG-16, ResNet-50, ViT-B/16 and a decoder of GPT-2's size with random weights. Everything explains the same class of
-every image of the batch, and all of it runs in one process, round by round: jaxlrp compiled, on all cores; PyTorch's
-libraries with each number of threads of `--threads`, of which the best counts. `own gradient` is that framework's value
+every image of the batch, round by round in one process (lxt, which patches PyTorch, in one of its own): jaxlrp compiled,
+on all cores; PyTorch's libraries with each number of threads of `--threads`, of which the best counts. `own gradient` is that framework's value
 and gradient of the explained logits with respect to the input. A library that is not installed, or that cannot explain
 a network, is named with the reason.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax
@@ -35,7 +38,9 @@ COMPOSITES = {
     "epsilon_gamma_box": lambda: composites.epsilon_gamma_box(-3.0, 3.0),
     "epsilon_alpha2_beta1": composites.epsilon_alpha2_beta1,
     "attnlrp": composites.attnlrp,
+    "cp_lrp": composites.cp_lrp,
 }
+TRANSFORMERS = ("attnlrp", "cp_lrp")
 ZENNIT = {
     "epsilon_plus": "EpsilonPlus",
     "epsilon_plus_flat": "EpsilonPlusFlat",
@@ -128,13 +133,16 @@ def of_captum(name: str, x: Any, chosen: list[str]) -> Iterator[tuple[str, Calla
     for title in chosen:
         if title in rules:
             model = network(name)
-            for module in model.modules():
-                if isinstance(module, torch.nn.Conv2d):
-                    module.rule = rules[title]()
-                elif isinstance(module, (torch.nn.Linear, torch.nn.MaxPool2d, torch.nn.AdaptiveAvgPool2d)):
-                    module.rule = captum_rules.EpsilonRule()
-            method = LRP(model)
-            yield title, lambda method=method: method.attribute(x.clone().requires_grad_(), target=TARGET)
+
+            def run(model: Any = model, rule: Any = rules[title]) -> Any:
+                for module in model.modules():  # an attribution takes the rules off
+                    if isinstance(module, torch.nn.Conv2d):
+                        module.rule = rule()
+                    elif isinstance(module, (torch.nn.Linear, torch.nn.MaxPool2d, torch.nn.AdaptiveAvgPool2d)):
+                        module.rule = captum_rules.EpsilonRule()
+                return LRP(model).attribute(x.clone().requires_grad_(), target=TARGET)
+
+            yield title, run
 
 
 def of_autolrp(name: str, x: Any, chosen: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -159,9 +167,10 @@ def of_autolrp(name: str, x: Any, chosen: list[str]) -> Iterator[tuple[str, Call
 
 
 def of_lxt(name: str, x: Any, chosen: list[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """lxt patches the module of a model family, or torchvision's; the gradient then times the input is relevance."""
-    if "attnlrp" not in chosen:
-        return
+    """lxt patches modules of PyTorch, torchvision and transformers; the gradient then times the input is relevance.
+
+    Its patches of torchvision's transformer hold attention and norms constant.
+    """
     import importlib
 
     from lxt.efficient import monkey_patch
@@ -169,31 +178,31 @@ def of_lxt(name: str, x: Any, chosen: list[str]) -> Iterator[tuple[str, Callable
     family = "torchvision.models.vision_transformer" if name == "vit" else "transformers.models.gpt2.modeling_gpt2"
     monkey_patch(importlib.import_module(family), verbose=False)
     model = network(name).requires_grad_(False)
-    yield "attnlrp", lambda: x * pulled(model, x)
+    yield "cp_lrp" if name == "vit" else "attnlrp", lambda: x * pulled(model, x)
 
 
 LIBRARIES: dict[str, Callable[..., Iterator[tuple[str, Callable[[], Any]]]]] = {
     "zennit": of_zennit,
     "captum": of_captum,
     "autolrp": of_autolrp,
-    "lxt": of_lxt,  # the last, as it changes modules for all that is built after it
+    "lxt": of_lxt,
 }
 
 
-def of_torch(name: str, images: np.ndarray, chosen: list[str], threads: list[int], missing: dict[str, str]) -> Runs:
+def of_torch(name: str, images: np.ndarray, chosen: list[str], options: Any, missing: dict[str, str]) -> Runs:
     import torch
 
     x = torch.from_numpy(images if name == "decoder" else np.ascontiguousarray(np.moveaxis(images, -1, 1)))
     plain = network(name).requires_grad_(False)
     found: dict[tuple[str, str], Callable[[], Any]] = {("PyTorch", "own gradient"): lambda: pulled(plain, x)}
-    for library, make in LIBRARIES.items():
-        if (library == "lxt") != (name not in IMAGES) and library != "autolrp":
+    for library in options.libraries:
+        if library != "autolrp" and (library == "lxt") == (name in IMAGES):
             continue
         if find_spec(library) is None:
             missing[library] = "not installed"
             continue
         try:
-            for title, run in make(name, x, chosen):
+            for title, run in LIBRARIES[library](name, x, chosen):
                 try:
                     assert torch.isfinite(run()).all(), "not finite"
                     found[library, title] = run
@@ -209,14 +218,39 @@ def of_torch(name: str, images: np.ndarray, chosen: list[str], threads: list[int
     return {
         (f"{library}, {count} thread{'s' * (count > 1)}", title): lambda run=run, count=count: threaded(run, count)
         for (library, title), run in found.items()
-        for count in threads
+        for count in options.threads
     }
+
+
+def measure(name: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    chosen = [c for c in COMPOSITES if (c in TRANSFORMERS) == (name not in IMAGES)]
+    shape = models.build(name)[2]
+    x = np.random.default_rng(0).standard_normal((options.batch, *shape), np.float32).clip(-3, 3)
+    missing: dict[str, str] = {}
+    runs = of_jaxlrp(name, x, chosen) | of_torch(name, x, chosen, options, missing)
+    seconds = rounds.measure({" | ".join(k): run for k, run in runs.items()}, options.rounds)
+    rows = []
+    for library, title in runs:
+        key, same = f"{library} | {title}", f"jaxlrp | {title}"
+        own = "jaxlrp" if library == "jaxlrp" else library.replace(library.split(",")[0], "PyTorch")
+        rows.append(
+            {
+                "library": library,
+                "composite": title,
+                "images_per_second": options.batch / median(seconds[key]),
+                "own_gradients": rounds.ratios(seconds, f"{own} | own gradient")[key]["ratio"],
+                "times_slower_than_jaxlrp": rounds.ratios(seconds, same)[key]["ratio"],
+                "seconds": seconds[key],
+            }
+        )
+    return rows, missing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*IMAGES, "vit", "decoder"]
     parser.add_argument("--models", nargs="+", default=names, choices=names)
+    parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=LIBRARIES)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
@@ -224,34 +258,23 @@ def main() -> None:
     options = parser.parse_args()
     record = rounds.record("peers.py", "torch", "zennit", "captum", "autolrp", "lxt", "transformers", "torchvision")
     report: dict[str, Any] = {**record, "batch": options.batch, "rounds": options.rounds, "models": {}}
+    report["not tried"] = {"iNNvestigate": "needs TensorFlow 2 without eager execution, and networks written in Keras"}
     for name in options.models:
-        chosen = [c for c in COMPOSITES if (c == "attnlrp") == (name not in IMAGES)]
-        shape = models.build(name)[2]
-        x = np.random.default_rng(0).standard_normal((options.batch, *shape), np.float32).clip(-3, 3)
-        missing: dict[str, str] = {}
-        runs = of_jaxlrp(name, x, chosen) | of_torch(name, x, chosen, options.threads, missing)
-        seconds = rounds.measure({" | ".join(k): run for k, run in runs.items()}, options.rounds)
-        rows = []
-        for library, title in runs:
-            key, best = f"{library} | {title}", f"jaxlrp | {title}"
-            own = "jaxlrp" if library == "jaxlrp" else library.replace(library.split(",")[0], "PyTorch")
-            rows.append(
-                {
-                    "library": library,
-                    "composite": title,
-                    "images_per_second": options.batch / rounds.ratios(seconds, key)[key]["median_s"],
-                    "own_gradients": rounds.ratios(seconds, f"{own} | own gradient")[key]["ratio"],
-                    "times_slower_than_jaxlrp": rounds.ratios(seconds, best)[key]["ratio"],
-                }
-            )
-        for row in sorted(rows, key=lambda row: row["composite"]):
-            library, title, *numbers = row.values()
-            print(f"{name:10}{title:24}{library:22}" + "".join(f"{n:9.2f}" for n in numbers), flush=True)
-        for what, why in missing.items():
-            print(f"{name:10}{what}: {why}", flush=True)
-        report["models"][name] = {"rows": rows, "missing": missing, "seconds": seconds}
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+        groups = [[lib for lib in options.libraries if (lib == "lxt") == apart] for apart in (False, True)]
+        for group in filter(None, groups):
+            if group == ["lxt"] and name in IMAGES:
+                continue
+            chosen = argparse.Namespace(**{**vars(options), "libraries": group})
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+                rows, missing = apart.submit(measure, name, chosen).result()
+            for row in sorted(rows, key=lambda row: row["composite"]):
+                library, title, *numbers, _ = row.values()
+                print(f"{name:10}{title:24}{library:22}" + "".join(f"{n:9.2f}" for n in numbers), flush=True)
+            for what, why in missing.items():
+                print(f"{name:10}{what}: {why}", flush=True)
+            report["models"][f"{name}, {' '.join(group)}"] = {"rows": rows, "missing": missing}
+            if options.json:
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

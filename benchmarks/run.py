@@ -11,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-
 NAMES = ("convolutions", "cost", "sharing", "scaling", "tracing", "response", "flipping", "peers")
 
 
@@ -22,7 +20,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    device, failed = jax.default_backend(), []
+    failed: list[str] = []
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # apart: it would hold the device's memory
+    device = subprocess.run(ask, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     for name in options.names:
         script, file = Path(__file__).with_name(f"{name}.py"), options.out / f"{name}-{device}"
         command = [sys.executable, str(script), "--json", f"{file}.json"]

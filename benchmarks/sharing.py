@@ -76,8 +76,7 @@ def main() -> None:
             first = {key: np.asarray(run()) for key, run in runs.items()}
             for key, found in first.items():
                 assert np.abs(found - first[ALONE]).max() < 1e-3 * np.abs(first[ALONE]).max(), (case, key)
-            count = options.rounds if len(first[ALONE]) <= 16 else 1
-            seconds = rounds.measure(runs, count)
+            seconds = rounds.measure(runs, options.rounds)
             rows = rounds.ratios(seconds, ALONE)
             report["models"].setdefault(name, {})[case] = {"rows": rows, "seconds": seconds}
             for key, row in rows.items():

@@ -29,8 +29,8 @@ def per_target(
 
         every = jaxlrp.per_target(model.apply, composite, argnums=1, batch_size=50)(variables, x)    # all classes
 
-    R[i] is what `lrp(fun, composite, argnums, targets[i])` gives. The forward pass and the denominators that rules
-    divide by are computed once.
+    R[i] is what `lrp(fun, composite, argnums, targets[i])` gives. The forward pass is computed once, the denominators
+    that rules divide by once for each `batch_size` targets.
 
     Args: as `lrp`, and
       targets: integers (k,), each a class that all examples are explained for, or (k, N), one for each example; None:
@@ -65,11 +65,11 @@ def _classes(value: Any, targets: Any) -> jax.Array:
     """The targets as an array; each of them is checked where they are concrete."""
     if targets is None:
         shapes = [jnp.shape(y) for y in jax.tree.leaves(value)]
-        if len(shapes) != 1 or not shapes[0]:
+        if len(shapes) != 1 or len(shapes[0]) not in (1, 2):
             raise TargetError(f"targets=None explains every class of one output, got outputs of shapes {shapes}")
         return jnp.arange(shapes[0][-1])
     array = targets if isinstance(targets, jax.core.Tracer) else np.asarray(targets)
-    if array.ndim not in (1, 2) or not len(array) or not jnp.issubdtype(array.dtype, jnp.integer):
+    if array.ndim not in (1, 2) or 0 in array.shape or not jnp.issubdtype(array.dtype, jnp.integer):
         raise TargetError(
             f"targets of shape {array.shape} and dtype {array.dtype}: write integers (k,), or (k, examples), at least "
             f"one; for a single target, jaxlrp.lrp(fun, composite, target=...)"

@@ -51,7 +51,7 @@ def _silent(op: Op, value: Value, rule: Rule, silent: dict[Value, bool]) -> bool
     if rule.proportional(op):  # zeros of either sign are no zeros in half precision: see `Layer`
         return jnp.finfo(value.aval.dtype).bits >= 32 or op.nonneg[op.inputs.index(value)]
     moves = op.kind == "structural" and not op.splits and type(rule) is Pass
-    wins = isinstance(rule, Winner) and leaves(op.steps)[-1].primitive in _SELECTS
+    wins = type(rule) is Winner and leaves(op.steps)[-1].primitive in _SELECTS
     return (moves or wins or _turns_off(op, rule)) and silent[op.output]
 
 

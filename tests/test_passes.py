@@ -99,6 +99,12 @@ def test_where_taps_are_faster(image, window, groups, forward, transposed):
     assert (passes.faster(Core, False), passes.faster(Core, True)) == (forward, transposed)
 
 
+def test_an_image_without_a_whole_window():
+    x, w = draw(1, 2, 2, 2, 3), draw(2, 5, 5, 3, 4)
+    f = lambda x: convolution(IMAGES, (1, 1), "VALID")(x, w).sum((1, 2))
+    assert not np.any(lrp(f, Composite([(select.everything(), rules.Epsilon())]))(x))
+
+
 def test_other_platforms_keep_their_convolutions(monkeypatch):
     conv, image, window = CASES["one wide"]
     (op,) = analyse(conv, (draw(1, *image), draw(2, *window)), {}, 0)[1].ops()

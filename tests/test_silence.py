@@ -118,6 +118,31 @@ def test_rules_in_proportion_give_zeros_nothing(rule, silent):
         assert np.any(np.asarray(received)[:, ::2])
 
 
+@rules.rule
+class Even(rules.Zero):
+    """Of another rule's class, with messages of its own, for zeros too."""
+
+    def propagate(self, layer, relevance):
+        return tuple(jnp.full_like(x, relevance.sum() / x.size) for x in layer.inputs)
+
+
+@rules.rule
+class Louder(rules.Zero):
+    """Says of its own messages that they are in proportion."""
+
+    def propagate(self, layer, relevance):
+        return super().propagate(layer, 2 * relevance)
+
+    def proportional(self, op):
+        return True
+
+
+@pytest.mark.parametrize("rule, silent", [(Even(), False), (Louder(), True), (rules.Norm(), True)])
+def test_a_rule_derived_from_another_speaks_for_itself(rule, silent):
+    layers = jaxlrp.Composite([(select.last("conv"), rule)]) + GAMMA
+    assert found(lambda p, x: conv(jax.nn.relu(conv(x, p[0])), p[2]).sum((1, 2)), layers)[0] is silent
+
+
 @pytest.mark.parametrize("fun", [chain, residual, twice, scanned])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
 def test_leaving_silent_units_out_changes_nothing(fun, dtype, monkeypatch):

@@ -91,6 +91,13 @@ class Rule:
     linear: ClassVar[bool] = True
     uses: ClassVar[frozenset[str]] = frozenset(("inputs", "output", "params"))
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "propagate" in vars(cls) and "proportional" not in vars(
+            cls
+        ):  # what the base says of its own is not said of it
+            cls.proportional = Rule.proportional  # type: ignore[method-assign]
+
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         """R_in, one array for each of `layer.inputs`, from R_out, all in the layer's compute dtype (>= float32)."""
         raise NotImplementedError(f"{type(self).__name__} does not define propagate(layer, relevance)")
@@ -104,7 +111,10 @@ class Rule:
         return ""
 
     def proportional(self, op: Op) -> bool:
-        """Whether an input's relevance is a multiple of its value, so that a zero receives none."""
+        """Whether an input's relevance is a multiple of its value, so that a zero receives none.
+
+        Said anew by a subclass with a `propagate` of its own; else it is False there.
+        """
         return False
 
     def needs(self, op: Op) -> frozenset[str]:

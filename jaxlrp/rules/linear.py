@@ -127,7 +127,10 @@ def in_proportion(
     if policy == "distribute" and layer.op.kind in ("scale", "batch_norm"):
         received[0] += s * layer.offset
     elif policy != "ignore":
-        layer.book("ended" if layer.op.stopped else "bias", lambda: by_parts(jnp.multiply, s, layer.offset))
+        layer.book(
+            "ended" if layer.op.stopped and layer.op.linear is None else "bias",
+            lambda: by_parts(jnp.multiply, s, layer.offset),
+        )
     layer.book("stabiliser", lambda: by_parts(jnp.multiply, s, divisor - z))
     layer.book("dropped", lambda: by_parts(lambda z, r: jnp.where(z == 0, r, 0), divisor, relevance))
     return tuple(received)
@@ -356,7 +359,8 @@ class GeneralizedGamma(Rule):
         a, w, z, b = layer.active, layer.kernel, layer.output, layer.bias
         sizes = jnp.abs(a), jnp.abs(w)
         plus = (z - b + layer.forward(*sizes)) / 2 + positive(b)  # c+ = (c + |c|) / 2 is one pass, for signed a too
-        # The sum of one sign enters that of z only where it is the larger one, so nothing cancels in these differences.
+        # The sum of one sign enters that of z only where it is the larger one, so nothing cancels in these differences;
+        # in the messages below (1 + gamma/2) c - gamma/2 |c| does, by a factor of gamma, beside others of that size.
         up, spread = self._ratio(layer, relevance, z > 0, plus, positive(b))
         down = jnp.zeros_like(up)
         if not layer.rectified:

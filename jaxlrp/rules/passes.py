@@ -31,7 +31,7 @@ def faster(core: Equation, transposed: bool) -> bool:
     params = core.params
     spread = params["batch_group_count"] > 1 or any(n > 1 for n in params["lhs_dilation"])
     sharded = any(s is not None for a in (x, kernel) for s in a.sharding.spec)  # explicitly, as part of the type
-    if spread or sharded or 0 in (*x.shape, *kernel.shape) or not jnp.issubdtype(out.dtype, np.floating):
+    if spread or sharded or 0 in (*x.shape, *kernel.shape, *out.shape) or not jnp.issubdtype(out.dtype, np.floating):
         return False
     images, kernels, _ = params["dimension_numbers"]
     window = [kernel.shape[i] for i in kernels[2:]]
