@@ -3,10 +3,10 @@
     python benchmarks/peers.py --json peers.json       # with .[bench,parity] and autolrp; PyTorch on this device
 
 VGG-16, ResNet-50, ViT-B/16 and a decoder of GPT-2's size with random weights. Everything explains the same class of
-every image of the batch, round by round in one process (lxt, which patches PyTorch, in one of its own): jaxlrp compiled,
-on all cores; PyTorch's libraries with each number of threads of `--threads`, of which the best counts. `own gradient` is that framework's value
-and gradient of the explained logits with respect to the input. A library that is not installed, or that cannot explain
-a network, is named with the reason.
+every image of the batch, round by round in one process (lxt, which patches PyTorch, in one of its own): jaxlrp
+compiled, on all cores; PyTorch's libraries with each number of threads of `--threads`, of which the best counts.
+`own gradient` is that framework's value and gradient of the explained logits with respect to the input. A library that
+is not installed, or that cannot explain a network, is named with the reason.
 """
 
 import argparse

@@ -59,6 +59,17 @@ def found(fun, composite=GAMMA, params=PARAMS, x=X):
     return [op in kept for op in ops if op.kind in ("conv", "dense")]
 
 
+def moved(params, x):
+    """Between a ReLU and what reads it: slices, pads, a join, a gather, a sort, a choice, an average and a scale."""
+    a, b, c = params
+    x = jax.nn.relu(conv(x, a))
+    x = jnp.pad(x[:, ::2], ((0, 0), (1, 2), (0, 0), (0, 0)))
+    x = jnp.concatenate([x[:, :3, ::-1], jnp.take(x, jnp.asarray([0, 4, 4]), 1)], 1)
+    x = jnp.where(jnp.arange(6)[:, None] > 2, jnp.sort(x, 2), x)
+    x = jax.nn.relu(conv(x, b))
+    return conv(nn.avg_pool(x, (2, 2), (2, 2)) * jnp.arange(5.0), c).mean((1, 2))
+
+
 def scanned(params, x):
     a, b, c = params
     x, _ = jax.lax.scan(lambda x, w: (jax.nn.relu(conv(jax.nn.relu(conv(x, w)), w)), None), conv(x, a), jnp.stack([b]))
@@ -74,6 +85,7 @@ def scanned(params, x):
         (lambda p, x: chain(p, x, jax.jit(lambda v: jnp.maximum(v, 0))), [True, True, False]),
         (jax.checkpoint(chain), [True, True, False]),
         (residual, [True, True, False, False]),
+        (moved, [True, True, False]),
         (twice, [False, False]),
         (scanned, [False, True, False, False]),
     ],
@@ -143,7 +155,7 @@ def test_a_rule_derived_from_another_speaks_for_itself(rule, silent):
     assert found(lambda p, x: conv(jax.nn.relu(conv(x, p[0])), p[2]).sum((1, 2)), layers)[0] is silent
 
 
-@pytest.mark.parametrize("fun", [chain, residual, twice, scanned])
+@pytest.mark.parametrize("fun", [chain, residual, moved, twice, scanned])
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
 def test_leaving_silent_units_out_changes_nothing(fun, dtype, monkeypatch):
     params, x = jax.tree.map(lambda v: v.astype(dtype), (PARAMS, X))

@@ -258,6 +258,8 @@ class AlphaBeta(Rule):
         return self.bias != "distribute"
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
+        # z- has a pass of its own. As z - z+ - b it would have the error of z+, which is all of it where inhibition is
+        # weak, and a unit without any would divide by that error.
         plus, minus = excitatory(layer), inhibitory(layer)
         b_plus, b_minus = positive(layer.bias), negative(layer.bias)
         z_plus, z_minus = total(layer, plus) + b_plus, total(layer, minus) + b_minus
