@@ -9,8 +9,6 @@ import pytest
 from jaxlrp import Composite, composites, lrp, per_target, rules, select
 from nets import close, draw
 
-pytestmark = pytest.mark.smoke
-
 
 class Net(nn.Module):
     @nn.compact

@@ -11,8 +11,6 @@ from jaxlrp import attribute, rules, select
 from jaxlrp.attribute import analyse
 from jaxlrp.silence import rectified
 
-pytestmark = pytest.mark.smoke
-
 GAMMA = jaxlrp.Composite([(select.kind("dense", "conv"), rules.GeneralizedGamma(0.25))])
 KEY = jax.random.key(0)
 
@@ -67,7 +65,7 @@ def moved(params, x):
     x = jnp.concatenate([x[:, :3, ::-1], jnp.take(x, jnp.asarray([0, 4, 4]), 1)], 1)
     x = jnp.where(jnp.arange(6)[:, None] > 2, jnp.sort(x, 2), x)
     x = jax.nn.relu(conv(x, b))
-    return conv(nn.avg_pool(x, (2, 2), (2, 2)) * jnp.arange(5.0), c).mean((1, 2))
+    return conv(nn.avg_pool(x, (2, 2), (2, 2)) * jnp.arange(5, dtype=x.dtype), c).mean((1, 2))
 
 
 def scanned(params, x):
