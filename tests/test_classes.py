@@ -22,9 +22,16 @@ PARAMS = Net().init(jax.random.key(0), X)
 BOX = composites.epsilon_gamma_box(-3.0, 3.0)
 
 
-@pytest.mark.parametrize("composite", [composites.epsilon_plus(), BOX, composites.epsilon_alpha2_beta1_flat()])
-@pytest.mark.parametrize("targets", [None, [3, 0, 3], [[0, 1], [4, 2]]])
-@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize(
+    "composite, targets, batch_size",
+    [
+        (composites.epsilon_plus(), None, None),
+        (BOX, None, 2),
+        (composites.epsilon_alpha2_beta1_flat(), [3, 0, 3], 2),
+        (BOX, [[0, 1], [4, 2]], None),
+        (composites.epsilon(), [[0, 1], [4, 2]], 1),
+    ],
+)
 def test_each_target_is_explained_as_alone(composite, targets, batch_size):
     each = jax.jit(per_target(Net().apply, composite, 1, targets, batch_size=batch_size))(PARAMS, X)
     alone = [
@@ -35,7 +42,7 @@ def test_each_target_is_explained_as_alone(composite, targets, batch_size):
 
 
 def test_one_forward_pass_and_one_of_each_denominator():
-    """Ten targets take the convolutions that one takes, the transposed ones on ten times as many images."""
+    """Five targets take the convolutions that one takes, the transposed ones on five times as many images."""
     composite = Composite([(select.kind("conv"), rules.ZPlus())]) + composites.epsilon()
 
     def count(explain):
