@@ -150,6 +150,11 @@ _POLICIES = ("absorb", "distribute", "ignore")
 _PROPORTIONAL = LINEAR | {"complex"}
 
 
+def _unless_distributed(rule: Any, op: Op) -> bool:
+    """`proportional` of rules whose messages are shares of the contributions; of a bias, inputs of 0 get theirs too."""
+    return rule.bias != "distribute"
+
+
 @rule
 class Zero(Rule):
     """LRP-0: R_j = sum_k c_jk / z_k R_k; messages of units with z_k = 0 are dropped.
@@ -160,12 +165,10 @@ class Zero(Rule):
 
     bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = _PROPORTIONAL
+    proportional = _unless_distributed
 
     def __post_init__(self) -> None:
         check_choice(self, "bias", *_POLICIES)
-
-    def proportional(self, op: Op) -> bool:
-        return self.bias != "distribute"
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         return in_proportion(layer, relevance, self.bias)
@@ -185,14 +188,12 @@ class Epsilon(Rule):
     stabiliser: str = "absolute"
     bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = _PROPORTIONAL
+    proportional = _unless_distributed
 
     def __post_init__(self) -> None:
         check_number(self, "epsilon", minimum=0)
         check_choice(self, "stabiliser", "absolute", "relative")
         check_choice(self, "bias", *_POLICIES)
-
-    def proportional(self, op: Op) -> bool:
-        return self.bias != "distribute"
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         return in_proportion(layer, relevance, self.bias, scaled(self.epsilon, self.stabiliser, layer.output))
@@ -212,12 +213,10 @@ class ZPlus(Rule):
 
     bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = KERNEL
+    proportional = _unless_distributed
 
     def __post_init__(self) -> None:
         check_choice(self, "bias", *_POLICIES)
-
-    def proportional(self, op: Op) -> bool:
-        return self.bias != "distribute"
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         terms, b = excitatory(layer), positive(layer.bias)
@@ -237,6 +236,7 @@ class AlphaBeta(Rule):
     beta: Any = 1.0
     bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = KERNEL
+    proportional = _unless_distributed
 
     def __post_init__(self) -> None:
         check_choice(self, "bias", *_POLICIES)
@@ -253,9 +253,6 @@ class AlphaBeta(Rule):
     def from_beta(cls, beta: Any) -> AlphaBeta:
         """The talk's parametrisation, (1 + beta, beta)."""
         return cls(1 + beta, beta)
-
-    def proportional(self, op: Op) -> bool:
-        return self.bias != "distribute"
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         # z- has a pass of its own. As z - z+ - b it would have the error of z+, which is all of it where inhibition is
@@ -319,13 +316,11 @@ class Gamma(Rule):
     gamma: Any = 0.25
     bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = KERNEL
+    proportional = _unless_distributed
 
     def __post_init__(self) -> None:
         check_choice(self, "bias", *_POLICIES)
         check_number(self, "gamma", minimum=0)
-
-    def proportional(self, op: Op) -> bool:
-        return self.bias != "distribute"
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         plus, b = excitatory(layer), layer.bias
@@ -349,13 +344,11 @@ class GeneralizedGamma(Rule):
     gamma: Any = 0.25
     bias: str = "absorb"
     kinds: ClassVar[frozenset[str]] = KERNEL
+    proportional = _unless_distributed
 
     def __post_init__(self) -> None:
         check_choice(self, "bias", *_POLICIES)
         check_number(self, "gamma", minimum=0)
-
-    def proportional(self, op: Op) -> bool:
-        return self.bias != "distribute"
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         a, w, z, b = layer.active, layer.kernel, layer.output, layer.bias
