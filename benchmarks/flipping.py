@@ -12,12 +12,8 @@ rotates from round to round; ratios compare times of the same round. PyTorch run
 import argparse
 import json
 import os
-import sys
-import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +22,7 @@ import jax
 import numpy as np
 
 import models
+import rounds
 from jaxlrp import evaluate
 
 Runs = dict[str, Callable[[], Any]]
@@ -131,17 +128,7 @@ def main() -> None:
     runs = of_jaxlrp(images, relevance, targets, options.steps)
     if options.threads:
         runs |= of_quantus(images, relevance, targets, options.steps, options.threads)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()  # compilation, and PyTorch's first choices of kernels
-    order = list(runs)
-    for _ in range(options.rounds):
-        for name in order:
-            begun = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - begun)
-        order = order[1:] + order[:1]
-
+    seconds = rounds.measure(runs, options.rounds)
     names = list(runs)
     rows = {}
     for forward, flipped in zip(names[::2], names[1::2], strict=True):
@@ -156,19 +143,8 @@ def main() -> None:
         images_per_second, own, faster = rows[flipped].values()
         print(f"{flipped:40}{images_per_second:8.2f} images/s, {own:.3f} of its own passes; jaxlrp {faster:.2f} times")
 
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
     report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/flipping.py", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "cpu_count": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "versions": {name: installed(name) for name in ("jax", "flax", "torch", "quantus")},
+        **rounds.record("flipping.py", "torch", "quantus"),
         **{name: getattr(options, name) for name in ("batch", "steps", "size", "rounds")},
         "rows": rows,
         "seconds": seconds,
