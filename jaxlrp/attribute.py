@@ -10,70 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import primitives as p
 
 from ._compat import vary, varying
+from .analysis import Memory, analyse, recognised
 from .assign import Plan, assign, is_end
 from .composites import Composite
 from .errors import InputError, SelectorError, TargetError
-from .facts import infer, loses_tokens, prune
 from .interpret import Interpreter, Settings, around, device_counts, lead
-from .places import place
 from .program import Atom, Body, Constant, Op, leaves
-from .recognise import recognise
 from .rules import Gradient, Layer, Rule, broadcasts
 from .select import Selector
 from .silence import rectified
-from .source import source_of
 from .tokens import carrier_of, carrying
 from .trace import Traced, trace
 
 Target = Any  # None | int | integer array | callable
-
-
-def analyse(
-    fun: Callable, args: tuple, kwargs: dict[str, Any], argnums: int | Sequence[int] | None, **options: bool
-) -> tuple[Traced, Body]:
-    """options: `tokens` and `custom` of `trace`."""
-    if not callable(fun):
-        raise InputError(f"the first argument must be a function, got {fun!r}")
-    traced = trace(fun, args, kwargs, argnums, **options)
-    facts = dict(traced.facts)
-    infer(traced.block, facts)
-    lost = [e for e in traced.block.equations if loses_tokens(e, facts)]
-    reached = prune(traced.block, facts, traced.block.outputs)
-    ids = {traced.block.inputs[i]: t for i, t in zip(traced.explained, traced.titles, strict=True)}
-    ids = {value: title for value, title in ids.items() if facts[value].token}
-    if argnums is not None and ids and reached.isdisjoint(ids):
-        value, title = next(iter(ids.items()))
-        where = f"; what is made of them ends in {lost[-1].primitive} ({source_of(lost[-1].eqn)})" if lost else ""
-        raise InputError(
-            f"the explained argument {title} has dtype {value.aval.dtype} and selects nothing that relevance reaches: "
-            f"integers are explained as ids that index an embedding{where}; relevance of other numbers needs a "
-            f"floating-point input, write .astype(jnp.float32)"
-        )
-    body = recognise(traced.block, facts)
-    _check_devices(body)
-    return traced, place(body, [traced.block.inputs[i] for i in traced.explained])
-
-
-def _check_devices(body: Body) -> None:
-    """Raises InputError at a sum or maximum over devices whose shard_map, or vmap, is around all of this.
-
-    Each of them would start with relevance of its own for what they all share, unless types keep track of that.
-    """
-    loops = around(body)
-    for op in body.ops():
-        bound = {a for loop in loops[op] for a in loop.equation.params.get("newly_manual_axes", ())}
-        for e in leaves(op.steps) if op.kind != "blocked" else ():
-            if e.primitive in (p.psum_p, p.pmax_p, p.pmin_p):
-                named = {a for a in e.params["axes"] if not isinstance(a, int)}
-                if named - bound - varying(e.inputs[0].aval):
-                    raise InputError(
-                        f"{e.primitive} over {', '.join(map(str, named))} ({op.source}): its devices lie around the "
-                        f"explanation, and each would count the relevance of what they share; write lrp(shard_map(f)) "
-                        f"(or vmap for shard_map), or shard_map(lrp(f), check_vma=True)"
-                    )
 
 
 def chosen_rules(ops: Sequence[Op], rules: Sequence[Rule], watched: Collection[int] = ()) -> dict[int, Rule]:
@@ -113,14 +64,19 @@ def rewrite(
     Raises (when called): InputError, NoRuleError, SelectorError, UnknownPrimitiveError.
     """
 
-    @functools.wraps(fun, updated=())
-    def rewritten(*args: Any, **kwargs: Any) -> Any:
-        traced, body = analyse(fun, args, kwargs, argnums, tokens=False)
+    def make(traced: Traced) -> tuple[Interpreter, Settings]:
+        body = recognised(traced)
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
-        run = Interpreter(body, rectified=rectified(body, rules))
-        outputs = run(Settings(chosen_rules(ops, rules)), *traced.arrays)
-        return jax.tree.unflatten(traced.out_tree, outputs)
+        return Interpreter(body, rectified=rectified(body, rules)), Settings(chosen_rules(ops, rules))
+
+    memory: Memory[tuple[Interpreter, Settings]] = Memory()
+
+    @functools.wraps(fun, updated=())
+    def rewritten(*args: Any, **kwargs: Any) -> Any:
+        traced = trace(fun, args, kwargs, argnums, tokens=False)
+        run, settings = memory.of(traced, make)
+        return jax.tree.unflatten(traced.out_tree, run(settings, *traced.arrays))
 
     return rewritten
 
@@ -184,17 +140,24 @@ def pullback(
     Any number of starts, mapped or one after another, share one forward pass. Args and errors as `value_and_lrp`.
     """
 
-    @functools.wraps(fun, updated=())
-    def pulled(*args: Any, **kwargs: Any) -> Any:
-        traced, body = analyse(fun, args, kwargs, argnums)
-        check_nan(traced)
+    def make(traced: Traced) -> tuple[Interpreter, Settings, dict[str, int]]:
+        body = recognised(traced)
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
         watched = [] if layers is None else _watched(ops, layers)
         masked = _masked(body, ops, masks or {})
-        probes = _probes(body, ops, watched)
+        settings = Settings(chosen_rules(ops, rules, {*watched, *masked}), masks=masked)
         run = Interpreter(body, _arrived, rectified=rectified(body, rules))
-        settings = Settings(chosen_rules(ops, rules, {*watched, *masked}), probes, masked)
+        return run, settings, {ops[i].name: i for i in watched}
+
+    memory: Memory[tuple[Interpreter, Settings, dict[str, int]]] = Memory()
+
+    @functools.wraps(fun, updated=())
+    def pulled(*args: Any, **kwargs: Any) -> Any:
+        traced = trace(fun, args, kwargs, argnums)
+        run, settings, watched = memory.of(traced, make)
+        check_nan(traced, run.body)
+        probes = _probes(run.body, watched.values())
 
         def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
             arrays = list(traced.arrays)
@@ -207,7 +170,7 @@ def pullback(
 
         def pull(begun: Any) -> tuple[Any, dict[str, Any]]:
             received, seen = transposed(begun)
-            return jax.tree.unflatten(traced.explained_tree, received), {ops[i].name: seen[i] for i in watched}
+            return jax.tree.unflatten(traced.explained_tree, received), {name: seen[i] for name, i in watched.items()}
 
         return value, pull
 
@@ -313,8 +276,10 @@ def _masked(body: Body, ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, A
     return found
 
 
-def _probes(body: Body, ops: Sequence[Op], watched: Sequence[int]) -> dict[int, jax.Array]:
-    lengths, loops = lead(body), around(body)
+def _probes(body: Body, watched: Collection[int]) -> dict[int, jax.Array]:
+    if not watched:
+        return {}
+    ops, lengths, loops = list(body.ops()), lead(body), around(body)
 
     def probe(op: Op) -> jax.Array:
         inner = {a for loop in loops[op] for a in device_counts(loop, op)}
@@ -385,12 +350,12 @@ def _called(value: Any, target: Callable) -> Any:
     return jax.tree.map(fit, begun, value)
 
 
-def check_nan(traced: Traced) -> None:
+def check_nan(traced: Traced, body: Body) -> None:
     """Raises InputError naming the first parameter with a NaN, among those that are concrete."""
-    for i, (value, array) in enumerate(zip(traced.block.inputs, traced.arrays, strict=True)):
+    for i, (name, array) in enumerate(zip(traced.names, traced.arrays, strict=True)):
         if i not in traced.explained and _has_nan(array):
-            raise InputError(f"parameter {traced.facts[value].names[0]!r} of shape {array.shape} contains NaN")
-    for array in traced.block.constants.values():
+            raise InputError(f"parameter {name!r} of shape {array.shape} contains NaN")
+    for array in body.constants.values():
         if _has_nan(array):
             raise InputError(f"an array of shape {array.shape} that the function closes over contains NaN")
 

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _compat
+from .analysis import analyse
 from .assign import assign
-from .attribute import analyse, start
+from .attribute import start
 from .composites import Composite
 from .errors import InputError
 from .interpret import Interpreter, Settings, around, lead

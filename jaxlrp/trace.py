@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import jax
@@ -27,19 +28,57 @@ from .program import Atom, Block, Constant, Equation, Fact, Value, Wrapper, leav
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """A traced call: the block, what each of its inputs is, and how to put arguments and results together.
+    """A traced call: its program, what each of its inputs is, and how to put arguments and results together.
 
-    explained: positions, among the block's inputs, of the explained argument's leaves; titles: what messages call them.
-    facts: those of the inputs.
+    arrays: the program's inputs; names: what each is called. explained: positions, among them, of the explained
+    argument's leaves; titles: what messages call these. everything: whether it is all that can be. custom: as in
+    `trace`.
     """
 
-    block: Block
-    facts: dict[Value, Fact]
+    jaxpr: Any
+    arrays: tuple[Any, ...]
+    names: tuple[str, ...]
     explained: tuple[int, ...]
     titles: tuple[str, ...]
     explained_tree: Any
     out_tree: Any
-    arrays: tuple[Any, ...]
+    everything: bool
+    custom: bool
+
+    @cached_property
+    def block(self) -> Block:
+        """The program, opened."""
+        return _open_block(self.jaxpr, self.custom)
+
+    @cached_property
+    def facts(self) -> dict[Value, Fact]:
+        """Those of the inputs."""
+        found = {}
+        for i, (value, name) in enumerate(zip(self.block.inputs, self.names, strict=True)):
+            mark = i in self.explained
+            ids = jnp.issubdtype(value.aval.dtype, jnp.integer)
+            found[value] = Fact(data=mark and not ids, derived=mark, names=() if mark else (name,), token=mark and ids)
+        return found
+
+    @property
+    def repeats(self) -> Hashable | None:
+        """Equal for calls that run the same program on other arrays, as far as JAX can tell; None where it cannot.
+
+        It can of a call of a jitted function: JAX keeps what it traced, by shapes, dtypes and settings of its own.
+        What the program closes over (`jaxpr.consts`) is not compared.
+        """
+        body = self.jaxpr.jaxpr
+        if len(body.eqns) != 1 or body.eqns[0].primitive is not p.jit_p:
+            return None
+        (call,) = body.eqns
+        place = {v: i for i, v in enumerate((*body.invars, *body.constvars, *call.outvars))}
+        wires = (*call.invars, *body.outvars)
+        if any(isinstance(v, jex.Literal) for v in wires) or any(
+            isinstance(a, jax.core.Tracer) for a in self.jaxpr.consts
+        ):
+            return None
+        trees = (self.explained_tree, self.out_tree)
+        return (*call.params.items(), tuple(place[v] for v in wires), self.names, self.explained, self.titles, trees)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -97,8 +136,10 @@ def trace(
     `jax.grad`; leaves may be `jax.ShapeDtypeStruct`.
 
     Raises:
-      InputError: an argnum that does not exist, an explained argument of another dtype, or that is empty.
+      InputError: no function, an argnum that does not exist, an explained argument of another dtype, or that is empty.
     """
+    if not callable(fun):
+        raise InputError(f"the first argument must be a function, got {fun!r}")
     wanted = () if argnums is None else check_argnums(fun, argnums, len(args))
     names = _names(fun, args, kwargs)
     owners = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
@@ -128,17 +169,19 @@ def trace(
 
     arrays = tuple(leaves[i] for i in dynamic)
     jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*arrays)
-    block = _open_block(jaxpr, custom)
-    facts = {}
-    for j, (value, i) in enumerate(zip(block.inputs, dynamic, strict=True)):
-        mark = j in explained
-        ids = jnp.issubdtype(value.aval.dtype, jnp.integer)
-        name = () if mark else (names[i],)
-        facts[value] = Fact(data=mark and not ids, derived=mark, names=name, token=mark and ids)
     explained_tree = jax.tree.structure(args[wanted[0]] if isinstance(argnums, int) else tuple(args[i] for i in wanted))
     order = explained if argnums is None else sorted(explained, key=lambda j: wanted.index(owners[dynamic[j]]))
-    titles = tuple(f"{owners[dynamic[j]]} ({names[dynamic[j]]})" for j in order)
-    return Traced(block, facts, tuple(order), titles, explained_tree, jax.tree.structure(out), arrays)
+    return Traced(
+        jaxpr=_compat.closed(jaxpr),
+        arrays=arrays,
+        names=tuple(names[i] for i in dynamic),
+        explained=tuple(order),
+        titles=tuple(f"{owners[dynamic[j]]} ({names[dynamic[j]]})" for j in order),
+        explained_tree=explained_tree,
+        out_tree=jax.tree.structure(out),
+        everything=argnums is None,
+        custom=custom,
+    )
 
 
 def explainable(leaf: Any, name: str, argnum: int, tokens: bool = False) -> Any:

@@ -42,6 +42,7 @@ ORDER = [
     "assign",
     "silence",
     "interpret",
+    "analysis",
     "attribute",
     "classes",
     "patterns",

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from jaxlrp import Composite, lrp, rules, select
-from jaxlrp.attribute import analyse
+from jaxlrp.analysis import analyse
 from jaxlrp.rules import passes
 
 pytestmark = pytest.mark.smoke

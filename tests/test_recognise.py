@@ -20,7 +20,7 @@ from jax.scipy.stats import norm as normal
 
 import models
 from jaxlrp import Composite, composites, logits, lrp, plan, rules, select, value_and_lrp
-from jaxlrp.attribute import analyse
+from jaxlrp.analysis import analyse
 from jaxlrp.program import Op
 from models import batch_norm, conv, dense
 

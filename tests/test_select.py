@@ -11,7 +11,7 @@ from jax import lax
 
 import models
 from jaxlrp import Composite, composites, kinds, plan, rules, select
-from jaxlrp.attribute import analyse
+from jaxlrp.analysis import analyse
 from jaxlrp.errors import SelectorError
 from jaxlrp.program import Op
 from jaxlrp.select import depth, everything, first, kind, last, named, where

@@ -8,7 +8,7 @@ import pytest
 
 import jaxlrp
 from jaxlrp import attribute, rules, select
-from jaxlrp.attribute import analyse
+from jaxlrp.analysis import analyse
 from jaxlrp.silence import rectified
 
 GAMMA = jaxlrp.Composite([(select.kind("dense", "conv"), rules.GeneralizedGamma(0.25))])

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._compat import over_devices
+from ..analysis import analyse
 from ..assign import assign
-from ..attribute import Target, analyse, check_nan, start
+from ..attribute import Target, check_nan, start
 from ..composites import Composite
 from ..errors import InputError
 from ..facts import infer, joins_constants
@@ -156,7 +157,7 @@ def conservation(
             if not batched:
                 raise
             raise InputError(f"{_DEPENDENT}; on one example it fails: {error}") from error
-        check_nan(traced)
+        check_nan(traced, body)
         if not callable(target):  # an index is checked before it becomes a tracer
             jax.eval_shape(lambda: start(fun(*args, **kwargs), target))
         ops = list(body.ops())

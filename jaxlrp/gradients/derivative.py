@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from ..analysis import analyse
 from ..assign import assign
-from ..attribute import Target, analyse
+from ..attribute import Target
 from ..composites import Composite
 from ..interpret import Interpreter, Settings
 from ..rules import EmbeddingSum, Layer, rule
