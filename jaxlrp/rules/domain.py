@@ -87,7 +87,8 @@ class ZBox(Rule):
         bounds = [layer.enter(jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)) for b in (self.low, self.high)]
         # a negative preprocessing factor turns the box over
         low, high = jnp.minimum(*bounds), jnp.maximum(*bounds)
-        terms = [(layer.active, w), (-low, positive(w)), (-high, negative(w))]
+        # a w - l w+ - h w- of two passes; in the box neither has terms that cancel
+        terms = [(layer.active - low, positive(w)), (layer.active - high, negative(w))]
         return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
 
 
