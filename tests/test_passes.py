@@ -1,4 +1,6 @@
-"""Convolutions written as products of their taps are the same convolutions, and chosen where they are faster."""
+"""Convolutions written anew are the same convolutions; products of their taps are chosen where they are faster."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ CASES = {
         (6, 1, 3, 2),
     ),
     "depthwise, two each": (convolution(IMAGES, (1, 1), "SAME", None, 3), (2, 7, 6, 3), (3, 3, 1, 6)),
+    "groups": (convolution(IMAGES, (2, 1), ((1, 2), (-1, 3)), (1, 2), 2), (2, 7, 8, 6), (3, 2, 3, 10)),
     "smaller than its window": (convolution(IMAGES, (1, 1), "SAME"), (2, 2, 2, 3), (3, 3, 3, 4)),
     "a line": (convolution(("NWC", "WIO", "NWC"), (2,), "SAME"), (2, 9, 3), (4, 3, 5)),
     "a volume": (convolution(("NDHWC", "DHWIO", "NDHWC"), (1, 2, 1), "SAME"), (2, 3, 4, 5, 2), (2, 3, 2, 2, 3)),
@@ -48,6 +51,27 @@ CASES = {
 
 
 @pytest.mark.parametrize("conv, image, window", CASES.values(), ids=CASES)
+def test_channels_last_are_the_convolution_and_its_transpose(conv, image, window):
+    x, w = draw(1, *image), draw(2, *window)
+    (op,) = analyse(conv, (x, w), {}, 0)[1].ops()
+    right, pull = jax.vjp(lambda x: conv(x, w), x)
+    np.testing.assert_allclose(passes.convolved(op.linear.core, x, w), right, rtol=0, atol=1e-12)
+    r = draw(3, *right.shape)
+    np.testing.assert_allclose(passes.back_convolved(op.linear.core, r, w), pull(r)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["plain", "strides and edges", "dilated", "groups"])
+def test_convolutions_in_a_loop_are_those_that_xla_has_fast(case):
+    """Of what is in a loop XLA turns none into its own normal form, and computes other forms number by number."""
+    conv, image, window = CASES[case]
+    x, w = jnp.float32(draw(1, 3, *image)), jnp.float32(draw(2, *window))
+    explain = lrp(lambda x: conv(x, w), Composite([(select.everything(), rules.ZPlus())]))
+    text = jax.jit(lambda x: lax.map(explain, x)).lower(x).compile().as_text()
+    found = set(re.findall(r"dim_labels=(\w+->\w+)", text))
+    assert found == {"b01f_01io->b01f"}, found
+
+
+@pytest.mark.parametrize("conv, image, window", [c for name, c in CASES.items() if name != "groups"])
 def test_taps_are_the_convolution_and_its_transpose(conv, image, window):
     x, w = draw(1, *image), draw(2, *window)
     (op,) = analyse(conv, (x, w), {}, 0)[1].ops()
@@ -66,11 +90,13 @@ def test_rules_do_not_depend_on_the_form(case, monkeypatch):
     x, w = draw(4, *image), draw(5, *window)
     composite = Composite([(select.kind("conv"), rules.AlphaBeta()), (select.everything(), rules.Epsilon())])
     found = []
-    for form in (True, False):
-        monkeypatch.setattr("jaxlrp.rules.layer.faster", lambda core, transposed, form=form: form)
+    for written, by_taps in ((True, case != "groups"), (True, False), (False, False)):
+        monkeypatch.setattr("jaxlrp.rules.layer.rewritten", lambda core, written=written: written)
+        monkeypatch.setattr("jaxlrp.rules.layer.faster", lambda core, transposed, by_taps=by_taps: by_taps)
         found.append([lrp(lambda x: conv(x, w), c)(x) for c in (composite, Composite(composite.rows[1:]))])
-    for taps, own in zip(*found, strict=True):
+    for taps, last, own in zip(*found, strict=True):
         np.testing.assert_allclose(taps, own, rtol=0, atol=1e-10 * np.abs(own).max())
+        np.testing.assert_allclose(last, own, rtol=0, atol=1e-10 * np.abs(own).max())
 
 
 @pytest.mark.parametrize(
@@ -108,6 +134,6 @@ def test_an_image_without_a_whole_window():
 def test_other_platforms_keep_their_convolutions(monkeypatch):
     conv, image, window = CASES["one wide"]
     (op,) = analyse(conv, (draw(1, *image), draw(2, *window)), {}, 0)[1].ops()
-    assert passes.faster(op.linear.core, False)
+    assert passes.rewritten(op.linear.core) and passes.faster(op.linear.core, False)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert not passes.faster(op.linear.core, False)
+    assert not passes.rewritten(op.linear.core) and not passes.faster(op.linear.core, False)

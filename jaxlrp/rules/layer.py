@@ -18,7 +18,7 @@ from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
 from .arithmetic import halved, resolved, summed
 from .base import LINEAR, NORMS
-from .passes import back_by_taps, by_taps, faster, own_windows
+from .passes import back_by_taps, back_convolved, by_taps, convolved, faster, own_windows, rewritten
 
 
 class Layer:
@@ -270,6 +270,8 @@ class Layer:
         linear = self._linear()
         if linear.slot == 0 and faster(linear.core, transposed):
             return by_taps(linear.core, x, kernel)
+        if linear.slot == 0 and rewritten(linear.core):
+            return convolved(linear.core, x, kernel)
         sizes = map(self._read, linear.core.inputs[2:])  # of the groups of a ragged product
         (out,) = self._evaluate(linear.core, [*([x, kernel] if linear.slot == 0 else [kernel, x]), *sizes])
         return out
@@ -277,8 +279,11 @@ class Layer:
     def _back(self, s: jax.Array, kernel: jax.Array, entered: jax.Array) -> jax.Array:
         """The transpose of `_core` in x, which is shaped like `entered`."""
         linear = self._linear()
-        if linear.slot == 0 and own_windows(linear.core) and faster(linear.core, transposed=True):
-            return back_by_taps(linear.core, s, kernel)
+        if linear.slot == 0 and rewritten(linear.core):
+            if not faster(linear.core, transposed=True):
+                return back_convolved(linear.core, s, kernel)
+            if own_windows(linear.core):
+                return back_by_taps(linear.core, s, kernel)
         (out,) = jax.linear_transpose(lambda x: self._core(x, kernel, transposed=True), entered)(s)
         return out
 

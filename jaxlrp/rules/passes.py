@@ -1,15 +1,20 @@
-"""Convolution by taps: sum_t x_t W_t over the places t of the window, x_t the strided slice of x that t reads.
+"""How the passes of a rule through a convolution are written, where XLA's own are slow: on CPU.
 
-On CPU XLA's convolutions are slow where the window is one element wide, where each channel has a window of its own,
-where the image is small beside its kernel (which the transposed convolution reverses and transposes in memory first),
-and where it is smaller than its window. A pass of a rule is written as matrix products or, channel by channel, as sums
-of products there. benchmarks/convolutions.py measures both forms; other platforms have convolutions of their own and
-keep them.
+By taps: sum_t x_t W_t over the places t of the window, x_t the strided slice of x that t reads. XLA's convolutions are
+slow where the window is one element wide, where each channel has a window of its own, where the image is small beside
+its kernel (which the transposed convolution reverses and transposes in memory first), and where it is smaller than its
+window. A pass is written as matrix products or, channel by channel, as sums of products there.
+
+With channels last: in the body of a loop XLA computes convolutions of other layouts, which all transposed ones have, by
+a plain loop over numbers. Outside of loops it puts channels last itself.
+
+benchmarks/convolutions.py measures all forms; other platforms have convolutions of their own and keep them.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +28,24 @@ WIDE = 2**16  # inputs x outputs of a kernel that costs time to move
 FEW = {False: 64, True: 1024}  # positions of an image that is small beside it: forward, transposed
 
 
-def faster(core: Equation, transposed: bool) -> bool:
-    """Whether this convolution, of data with a kernel, is one that taps are faster for."""
+def rewritten(core: Equation) -> bool:
+    """Whether this is a convolution, of data with a kernel, that is written anew."""
     if core.primitive is not p.conv_general_dilated_p or jax.default_backend() != "cpu":
         return False
     x, kernel, out = (a.aval for a in (*core.inputs[:2], core.outputs[0]))
     params = core.params
     spread = params["batch_group_count"] > 1 or any(n > 1 for n in params["lhs_dilation"])
     sharded = any(s is not None for a in (x, kernel) for s in a.sharding.spec)  # explicitly, as part of the type
-    if spread or sharded or 0 in (*x.shape, *kernel.shape, *out.shape) or not jnp.issubdtype(out.dtype, np.floating):
+    empty = 0 in (*x.shape, *kernel.shape, *out.shape)
+    return not (spread or sharded or empty) and jnp.issubdtype(out.dtype, np.floating)
+
+
+def faster(core: Equation, transposed: bool) -> bool:
+    """Whether taps are faster for this convolution."""
+    if not rewritten(core):
         return False
+    x, kernel, out = (a.aval for a in (*core.inputs[:2], core.outputs[0]))
+    params = core.params
     images, kernels, _ = params["dimension_numbers"]
     window = [kernel.shape[i] for i in kernels[2:]]
     groups, channels = params["feature_group_count"], x.shape[images[1]]
@@ -42,6 +55,57 @@ def faster(core: Equation, transposed: bool) -> bool:
     positions = math.prod(out.shape) / kernel.shape[kernels[0]]
     wide = channels * kernel.shape[kernels[0]] >= WIDE
     return math.prod(window) <= 49 and (smaller or (wide and positions <= FEW[transposed]))
+
+
+def _conv(core: Equation, x: jax.Array, kernel: jax.Array, **numbers: Any) -> jax.Array:
+    """Of batch, positions, channels with window, in, out."""
+    n = x.ndim - 2
+    last = (0, n + 1, *range(1, n + 1))
+    spec = lax.ConvDimensionNumbers(last, (n + 1, n, *range(n)), last)
+    params = {name: core.params[name] for name in ("rhs_dilation", "feature_group_count", "precision")}
+    return lax.conv_general_dilated(
+        x, kernel, dimension_numbers=spec, preferred_element_type=x.dtype, **params, **numbers
+    )
+
+
+def convolved(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution of an equation that `rewritten` names, of any arrays of its shapes."""
+    images, kernels, outputs = core.params["dimension_numbers"]
+    x = x.transpose(images[0], *images[2:], images[1])
+    kernel = kernel.transpose(*kernels[2:], kernels[1], kernels[0])
+    out = _conv(core, x, kernel, window_strides=core.params["window_strides"], padding=core.params["padding"])
+    return out.transpose(np.argsort((outputs[0], *outputs[2:], outputs[1])))
+
+
+def back_convolved(core: Equation, r: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The transpose of `convolved` in x: a convolution of r, its strides between its elements, the window reversed."""
+    params = core.params
+    images, kernels, outputs = params["dimension_numbers"]
+    strides, groups = params["window_strides"], params["feature_group_count"]
+    r = r.transpose(outputs[0], *outputs[2:], outputs[1])
+    kernel = jnp.flip(kernel.transpose(*kernels[2:], kernels[1], kernels[0]), range(r.ndim - 2))
+    split = kernel.reshape(*kernel.shape[:-1], groups, -1).swapaxes(-3, -1)  # window, out, groups, in
+    kernel = split.reshape(*split.shape[:-2], -1)
+    padding = _edges(core, r, kernel)
+    ones = [1] * (r.ndim - 2)
+    out = _conv(core, r, kernel, window_strides=ones, padding=padding, lhs_dilation=strides)
+    return out.transpose(np.argsort((images[0], *images[2:], images[1])))
+
+
+def _edges(core: Equation, r: jax.Array, kernel: jax.Array) -> list[tuple[int, int]]:
+    """What r, with strides - 1 zeros between its elements, is padded by: all windows that read an element of x."""
+    params = core.params
+    size = [core.inputs[0].aval.shape[i] for i in params["dimension_numbers"][0][2:]]
+    sizes = zip(
+        params["rhs_dilation"],
+        kernel.shape,
+        params["window_strides"],
+        size,
+        r.shape[1:],
+        params["padding"],
+        strict=False,
+    )
+    return [(d * (k - 1) - low, n - 1 + low - s * (m - 1)) for d, k, s, n, m, (low, _) in sizes]
 
 
 def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -86,13 +150,8 @@ def back_by_taps(core: Equation, r: jax.Array, kernel: jax.Array) -> jax.Array:
     size, channels = [shape[i] for i in images[2:]], shape[images[1]]
     r = r.transpose(outputs[0], *outputs[2:], outputs[1])
     kernel = kernel.transpose(*kernels[2:], kernels[1], kernels[0])
-    window, dilation, strides = kernel.shape[:-2], params["rhs_dilation"], params["window_strides"]
-    edges = [
-        (d * (k - 1) - low, n - 1 + low - s * (m - 1), s - 1)
-        for k, d, s, n, m, (low, _) in zip(
-            window, dilation, strides, size, r.shape[1:], params["padding"], strict=False
-        )
-    ]
+    window, dilation = kernel.shape[:-2], params["rhs_dilation"]
+    edges = [(*e, n - 1) for e, n in zip(_edges(core, r, kernel), params["window_strides"], strict=True)]
     r = lax.pad(r, jnp.zeros((), r.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     taps = []
     for t in np.ndindex(*window):
