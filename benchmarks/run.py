@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("convolutions", "cost", "sharing", "scaling", "tracing", "response", "flipping", "peers")
+NAMES = ("passes", "cost", "sharing", "scaling", "tracing", "response", "flipping", "peers")
 
 
 def main() -> int:

@@ -91,8 +91,8 @@ def test_rules_do_not_depend_on_the_form(case, monkeypatch):
     composite = Composite([(select.kind("conv"), rules.AlphaBeta()), (select.everything(), rules.Epsilon())])
     found = []
     for written, by_taps in ((True, case != "groups"), (True, False), (False, False)):
-        monkeypatch.setattr("jaxlrp.rules.layer.rewritten", lambda core, written=written: written)
-        monkeypatch.setattr("jaxlrp.rules.layer.faster", lambda core, transposed, by_taps=by_taps: by_taps)
+        monkeypatch.setattr("jaxlrp.rules.passes.rewritten", lambda core, written=written: written)
+        monkeypatch.setattr("jaxlrp.rules.passes.faster", lambda core, transposed, by_taps=by_taps: by_taps)
         found.append([lrp(lambda x: conv(x, w), c)(x) for c in (composite, Composite(composite.rows[1:]))])
     for taps, last, own in zip(*found, strict=True):
         np.testing.assert_allclose(taps, own, rtol=0, atol=1e-10 * np.abs(own).max())
@@ -137,3 +137,56 @@ def test_other_platforms_keep_their_convolutions(monkeypatch):
     assert passes.rewritten(op.linear.core) and passes.faster(op.linear.core, False)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert not passes.rewritten(op.linear.core) and not passes.faster(op.linear.core, False)
+
+
+DENSE = {
+    "a matrix": (lambda x, w: x @ w, (2, 10), (10, 6)),
+    "tokens": (lambda x, w: x @ w, (2, 3, 10), (10, 6)),
+    "heads": (lambda x, w: jnp.einsum("nsd,dhk->nshk", x, w), (2, 3, 10), (10, 2, 3)),
+    "a vector": (lambda x, w: x @ w, (10,), (10, 6)),
+    "rows that all fit": (lambda x, w: x @ w, (2, 8), (8, 4)),
+}
+RULES = (
+    rules.ZPlus(),
+    rules.AlphaBeta(),
+    rules.GeneralizedGamma(),
+    rules.Gamma(),
+    rules.WSquare(),
+    rules.FourQuadrant(),
+)
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_rules_do_not_depend_on_rows(case, monkeypatch):
+    dense, data, kernel = DENSE[case]
+    x, w = draw(6, *data), draw(7, *kernel)
+    explain = [
+        jax.jit(lrp(lambda x, w=w, f=f: dense(f(x), w), Composite([(select.kind("dense"), rule)])))
+        for rule in RULES
+        for f in (jnp.sin, jax.nn.relu)  # of either sign, and not
+    ]
+    whole = [f(x) for f in explain]
+    mapped = [jax.vmap(f)(jnp.stack([x, -x])) for f in explain]
+    jax.clear_caches()
+    monkeypatch.setattr(passes, "LARGE", 1)
+    monkeypatch.setattr(passes, "BLOCK", 24)
+    loops = 0
+    for f, right, rights in zip(explain, whole, mapped, strict=True):
+        np.testing.assert_allclose(f(x), right, rtol=0, atol=1e-12 * max(np.abs(right).max(), 1))
+        np.testing.assert_allclose(jax.vmap(f)(jnp.stack([x, -x])), rights, rtol=0, atol=1e-12 * np.abs(rights).max())
+        loops += "while" in f.lower(x).as_text()
+    assert loops == len(explain)
+
+
+def test_a_large_kernel_is_not_made_whole():
+    shapes = jax.ShapeDtypeStruct((1, 4096), jnp.float32), jax.ShapeDtypeStruct((4096, 2048), jnp.float32)
+    explain = lrp(lambda x, w: jax.nn.relu(x) @ w, Composite([(select.kind("dense"), rules.ZPlus())]))
+    compiled = jax.jit(explain).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 2048  # a quarter of the kernel
+
+
+def test_eager_calls_do_not_compile_a_loop_each_time(monkeypatch):
+    monkeypatch.setattr(passes, "LARGE", 1)
+    monkeypatch.setattr(passes, "by_rows", None)
+    x, w = draw(1, 2, 10), draw(2, 10, 6)
+    lrp(lambda x: jax.nn.relu(x) @ w, Composite([(select.kind("dense"), rules.ZPlus())]))(x)

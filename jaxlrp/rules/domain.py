@@ -29,7 +29,7 @@ class WSquare(Rule):
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         # the weight seen from the raw input includes the preprocessing's factor
         factor = layer.enter(jnp.ones_like(layer.inputs[0]))
-        terms = [(factor**2, layer.kernel**2)]
+        terms = [(factor**2, jnp.square)]
         return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
 
 
@@ -43,7 +43,7 @@ class Flat(Rule):
     kinds: ClassVar[frozenset[str]] = KERNEL
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        terms = [(layer.ones, jnp.ones_like(layer.kernel))]
+        terms = [(layer.ones, jnp.ones_like)]
         return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
 
 
@@ -83,12 +83,12 @@ class ZBox(Rule):
                 )
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        x, w = layer.inputs[0], layer.kernel
+        x = layer.inputs[0]
         bounds = [layer.enter(jnp.broadcast_to(jnp.asarray(b, x.dtype), x.shape)) for b in (self.low, self.high)]
         # a negative preprocessing factor turns the box over
         low, high = jnp.minimum(*bounds), jnp.maximum(*bounds)
         # a w - l w+ - h w- of two passes; in the box neither has terms that cancel
-        terms = [(layer.active - low, positive(w)), (layer.active - high, negative(w))]
+        terms = [(layer.active - low, positive), (layer.active - high, negative)]
         return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
 
 

@@ -16,9 +16,11 @@ from ..errors import InputError
 from ..kinds import PSUMS
 from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
+from . import passes
 from .arithmetic import halved, resolved, summed
 from .base import LINEAR, NORMS
-from .passes import back_by_taps, back_convolved, by_taps, convolved, faster, own_windows, rewritten
+
+Kernel = jax.Array | Callable[[jax.Array], jax.Array]
 
 
 class Layer:
@@ -51,6 +53,7 @@ class Layer:
         self.inputs = tuple(self._data(x, e) for x, e in zip(inputs or (), exact, strict=False))
         self.output = self._data(output)
         self._params: dict[Atom, Any] = dict(zip(op.params, params or (), strict=params is not None))
+        self._kernels: dict[Callable[[jax.Array], jax.Array], jax.Array] = {}
 
     def apply(self, *inputs: jax.Array) -> jax.Array:
         """The layer's own equations on other inputs."""
@@ -216,11 +219,15 @@ class Layer:
         (out,) = jax.linear_transpose(self._move, self.inputs[0])(r)
         return out
 
-    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """core(x, kernel) in the shape of the output, without bias."""
+    def forward(self, x: jax.Array, kernel: Kernel) -> jax.Array:
+        """core(x, kernel) in the shape of the output, without bias.
+
+        kernel: an array, or a function of `self.kernel` that acts element by element (`jnp.abs`), so that a large one
+        need not be made whole.
+        """
         return self._follow(self._linear().after, {self._end: self._core(x, kernel)}, self.op.output)
 
-    def backward(self, s: jax.Array, kernel: jax.Array) -> jax.Array:
+    def backward(self, s: jax.Array, kernel: Kernel) -> jax.Array:
         """The transpose of `forward` in its first argument."""
         return self._back(self._to_core(s), kernel, self.active)
 
@@ -266,26 +273,40 @@ class Layer:
         (s,) = jax.linear_transpose(lambda y: self._follow(after, {self._end: y}, self.op.output), self._zeros)(s)
         return s
 
-    def _core(self, x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
-        linear = self._linear()
-        if linear.slot == 0 and faster(linear.core, transposed):
-            return by_taps(linear.core, x, kernel)
-        if linear.slot == 0 and rewritten(linear.core):
-            return convolved(linear.core, x, kernel)
-        sizes = map(self._read, linear.core.inputs[2:])  # of the groups of a ragged product
-        (out,) = self._evaluate(linear.core, [*([x, kernel] if linear.slot == 0 else [kernel, x]), *sizes])
+    def _core(self, x: jax.Array, kernel: Kernel, transposed: bool = False) -> jax.Array:
+        core, slot = self._linear().core, self._linear().slot
+        if callable(kernel):
+            if slot == 0 and passes.large(core, x, self.kernel):
+                return passes.by_rows(core, x, self.kernel, kernel)
+            kernel = self._made(kernel)
+        if slot == 0 and passes.faster(core, transposed):
+            return passes.by_taps(core, x, kernel)
+        if slot == 0 and passes.rewritten(core):
+            return passes.convolved(core, x, kernel)
+        sizes = map(self._read, core.inputs[2:])  # of the groups of a ragged product
+        (out,) = self._evaluate(core, [*([x, kernel] if slot == 0 else [kernel, x]), *sizes])
         return out
 
-    def _back(self, s: jax.Array, kernel: jax.Array, entered: jax.Array) -> jax.Array:
+    def _back(self, s: jax.Array, kernel: Kernel, entered: jax.Array) -> jax.Array:
         """The transpose of `_core` in x, which is shaped like `entered`."""
-        linear = self._linear()
-        if linear.slot == 0 and rewritten(linear.core):
-            if not faster(linear.core, transposed=True):
-                return back_convolved(linear.core, s, kernel)
-            if own_windows(linear.core):
-                return back_by_taps(linear.core, s, kernel)
+        core, slot = self._linear().core, self._linear().slot
+        if callable(kernel):
+            if slot == 0 and passes.large(core, s, self.kernel):
+                return passes.back_by_rows(core, s, self.kernel, kernel)
+            kernel = self._made(kernel)
+        if slot == 0 and passes.rewritten(core):
+            if not passes.faster(core, transposed=True):
+                return passes.back_convolved(core, s, kernel)
+            if passes.own_windows(core):
+                return passes.back_by_taps(core, s, kernel)
         (out,) = jax.linear_transpose(lambda x: self._core(x, kernel, transposed=True), entered)(s)
         return out
+
+    def _made(self, make: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """What a function makes of the kernel, made once."""
+        if make not in self._kernels:
+            self._kernels[make] = make(self.kernel)
+        return self._kernels[make]
 
     def _before(self, x: jax.Array) -> jax.Array:
         linear = self._linear()

@@ -10,6 +10,7 @@ it), "distribute" (every connected input gets the same part of it), "ignore" (th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,9 +21,10 @@ from ..errors import InputError
 from ..program import Op
 from .arithmetic import by_parts, divide, stabilise
 from .base import KERNEL, LINEAR, Rule, check_choice, check_number, concrete, rule
-from .layer import Layer
+from .layer import Kernel, Layer
 
-Terms = list[tuple[jax.Array, jax.Array]]  # (input, kernel) pairs: their sum of products is one set of contributions
+Terms = Sequence[tuple[jax.Array, Kernel]]  # (input, kernel) pairs: their sum of products is one set of contributions
+Signed = list[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]
 
 
 def positive(x: jax.Array) -> jax.Array:
@@ -33,26 +35,21 @@ def negative(x: jax.Array) -> jax.Array:
     return jnp.minimum(x, 0)
 
 
-def excitatory(layer: Layer) -> Terms:
+def excitatory(layer: Layer) -> Signed:
     """The contributions c+ of a dense or conv layer."""
-    a, w = layer.active, layer.kernel
-    if layer.nonneg:
-        return [(a, positive(w))]
-    return [(positive(a), positive(w)), (negative(a), negative(w))]
+    a = layer.active
+    return [(a, positive)] if layer.nonneg else [(positive(a), positive), (negative(a), negative)]
 
 
-def inhibitory(layer: Layer) -> Terms:
+def inhibitory(layer: Layer) -> Signed:
     """The contributions c- of a dense or conv layer."""
-    a, w = layer.active, layer.kernel
-    if layer.nonneg:
-        return [(a, negative(w))]
-    return [(positive(a), negative(w)), (negative(a), positive(w))]
+    a = layer.active
+    return [(a, negative)] if layer.nonneg else [(positive(a), negative), (negative(a), positive)]
 
 
-def weighted(layer: Layer, gamma: Any, terms: Terms) -> Terms:
-    """c + gamma c', where the terms give c': as many passes as c' alone."""
-    w = layer.kernel
-    return [(a, w + gamma * part) for a, part in terms]
+def favoured(gamma: Any, part: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Of a kernel w: w + gamma part(w)."""
+    return lambda w: w + gamma * part(w)
 
 
 def total(layer: Layer, terms: Terms) -> jax.Array:
@@ -97,7 +94,7 @@ def ratio(
     divisor = z if epsilon is None else stabilise(z, epsilon)
     s, spread = divide(relevance, divisor), jnp.zeros((), layer.dtype)
     if bias is not None and policy == "distribute":
-        ones = [(layer.ones, jnp.ones_like(layer.kernel))]
+        ones = [(layer.ones, jnp.ones_like)]
         count = total(layer, ones)
         spread = messages(layer, ones, divide(s * bias, count))
         layer.book("dropped", lambda: jnp.where(count == 0, s * bias, 0))  # of a unit that reads padding alone
@@ -294,10 +291,10 @@ class FourQuadrant(Rule):
         return True
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        a, w = layer.active, layer.kernel
-        quadrants = [(self.pos_pos, positive(a), positive(w)), (self.pos_neg, positive(a), negative(w))]
+        a = layer.active
+        quadrants = [(self.pos_pos, positive(a), positive), (self.pos_neg, positive(a), negative)]
         if not layer.nonneg:
-            quadrants += [(self.neg_neg, negative(a), negative(w)), (self.neg_pos, negative(a), positive(w))]
+            quadrants += [(self.neg_neg, negative(a), negative), (self.neg_pos, negative(a), positive)]
         else:
             missing = self.neg_neg + self.neg_pos
             layer.book("dropped", lambda: missing * relevance)
@@ -325,7 +322,7 @@ class Gamma(Rule):
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         plus, b = excitatory(layer), layer.bias
         z = layer.output + self.gamma * (total(layer, plus) + positive(b))
-        terms = weighted(layer, self.gamma, plus)
+        terms = [(a, favoured(self.gamma, part)) for a, part in plus]  # as many passes as c+ alone
         return (layer.leave(share(layer, relevance, terms, z, b + self.gamma * positive(b), self.bias)),)
 
 
@@ -351,9 +348,11 @@ class GeneralizedGamma(Rule):
         check_number(self, "gamma", minimum=0)
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        a, w, z, b = layer.active, layer.kernel, layer.output, layer.bias
-        sizes = jnp.abs(a), jnp.abs(w)
-        plus = (z - b + layer.forward(*sizes)) / 2 + positive(b)  # c+ = (c + |c|) / 2 is one pass, for signed a too
+        a, z, b = layer.active, layer.output, layer.bias
+        size = jnp.abs(a)
+        plus = (z - b + layer.forward(size, jnp.abs)) / 2 + positive(
+            b
+        )  # c+ = (c + |c|) / 2 is one pass, for signed a too
         # The sum of one sign enters that of z only where it is the larger one, so nothing cancels in these differences;
         # in the messages below (1 + gamma/2) c - gamma/2 |c| does, by a factor of gamma, beside others of that size.
         up, spread = self._ratio(layer, relevance, z > 0, plus, positive(b))
@@ -363,11 +362,11 @@ class GeneralizedGamma(Rule):
             spread += more
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
         if layer.nonneg and layer.rectified:
-            received = a * layer.backward(up, w + self.gamma * positive(w))
+            received = a * layer.backward(up, favoured(self.gamma, positive))
         else:  # kernels without gamma, which variants share
             half = self.gamma / 2
-            received = (1 + half) * a * layer.backward(up + down, w)
-            received += half * sizes[0] * layer.backward(up - down, sizes[1])
+            received = (1 + half) * a * layer.backward(up + down, layer.kernel)
+            received += half * size * layer.backward(up - down, jnp.abs)
         return (layer.leave(received + spread),)
 
     def _ratio(self, layer: Layer, relevance: jax.Array, chosen: jax.Array, part: jax.Array, b: jax.Array) -> Any:

@@ -1,4 +1,4 @@
-"""How the passes of a rule through a convolution are written, where XLA's own are slow: on CPU.
+"""How the passes of a rule through a layer are written where XLA's own are slow: on CPU.
 
 By taps: sum_t x_t W_t over the places t of the window, x_t the strided slice of x that t reads. XLA's convolutions are
 slow where the window is one element wide, where each channel has a window of its own, where the image is small beside
@@ -8,12 +8,16 @@ window. A pass is written as matrix products or, channel by channel, as sums of 
 With channels last: in the body of a loop XLA computes convolutions of other layouts, which all transposed ones have, by
 a plain loop over numbers. Outside of loops it puts channels last itself.
 
-benchmarks/convolutions.py measures all forms; other platforms have convolutions of their own and keep them.
+By rows: of a large dense kernel a rule's own, its positive part say, is made and used a few rows at a time, which
+stay in the cache; whole it would be written to new memory and read again, at several times the cost of the product.
+
+benchmarks/passes.py measures all forms; other platforms keep their own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +29,7 @@ from jax.extend.core import primitives as p
 from ..program import Equation
 
 WIDE = 2**16  # inputs x outputs of a kernel that costs time to move
+LARGE, BLOCK = 2**22, 2**20  # elements of a dense kernel that does not stay in the cache, and of rows that do
 FEW = {False: 64, True: 1024}  # positions of an image that is small beside it: forward, transposed
 
 
@@ -161,3 +166,51 @@ def back_by_taps(core: Equation, r: jax.Array, kernel: jax.Array) -> jax.Array:
     total = sum(taps[1:], taps[0])
     total = total.reshape(*total.shape[:-1], channels, -1).sum(-1)
     return total.transpose(np.argsort((images[0], *images[2:], images[1])))
+
+
+def large(core: Equation, data: jax.Array, kernel: jax.Array) -> bool:
+    """Whether this is a product of data with a dense kernel that is better made by rows, forward or back.
+
+    An eager call would compile the loop each time.
+    """
+    eager = not any(isinstance(a, jax.core.Tracer) for a in (data, kernel))
+    if core.primitive is not p.dot_general_p or jax.default_backend() != "cpu" or kernel.size < LARGE or eager:
+        return False
+    x, own = (a.aval for a in core.inputs)
+    sharded = any(s is not None for a in (x, own) for s in a.sharding.spec)
+    plain = core.params["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
+    return plain and not sharded
+
+
+def _rows(kernel: jax.Array) -> tuple[int, int]:
+    """How many rows at a time, and how often that many."""
+    rows = min(max(BLOCK * kernel.shape[0] // kernel.size, 1), kernel.shape[0])
+    return rows, kernel.shape[0] // rows
+
+
+def by_rows(core: Equation, x: jax.Array, kernel: jax.Array, make: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """x @ make(kernel), of an equation that `large` names; `make` acts element by element."""
+    rows, count = _rows(kernel)
+
+    def add(start: Any, size: int, z: jax.Array | int) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(x, start, size, -1), make(lax.dynamic_slice_in_dim(kernel, start, size))
+        return z + jnp.tensordot(*part, 1, precision=core.params["precision"], preferred_element_type=x.dtype)
+
+    z = lax.fori_loop(1, count, lambda i, z: add(i * rows, rows, z), add(0, rows, 0))
+    rest = len(kernel) - rows * count
+    return add(rows * count, rest, z) if rest else z
+
+
+def back_by_rows(core: Equation, s: jax.Array, kernel: jax.Array, make: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """s @ make(kernel).T, likewise."""
+    rows, count = _rows(kernel)
+    axes = [*range(s.ndim - kernel.ndim + 1, s.ndim)], [*range(1, kernel.ndim)]
+
+    def part(start: Any, size: int) -> jax.Array:
+        own = make(lax.dynamic_slice_in_dim(kernel, start, size))
+        return jnp.tensordot(s, own, axes, precision=core.params["precision"], preferred_element_type=s.dtype)
+
+    parts = jnp.moveaxis(lax.map(lambda i: part(i * rows, rows), jnp.arange(count)), 0, -2)
+    received = parts.reshape(*parts.shape[:-2], -1)
+    rest = len(kernel) - rows * count
+    return jnp.concatenate([received, part(rows * count, rest)], -1) if rest else received
