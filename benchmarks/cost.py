@@ -6,7 +6,8 @@ The baseline is the value and the gradient of one logit with respect to the inpu
 composite, the parameters and the input as arguments. A round runs each function once, in an order that rotates from
 round to round; a ratio compares two times of the same round, so that slow drifts of the machine cancel, and the table
 shows the median ratio, the least and the greatest. Trace time is that of one call without caches, compile time that of
-lowering and XLA together. Transformers are explained by `attnlrp` and `cp_lrp`, the decoder at its embedded tokens.
+lowering and XLA together. Transformers are explained by `attnlrp` and `cp_lrp`, the decoder at its embedded tokens; the
+pattern methods, whose patterns must be fitted first, are left out.
 
 Memory is XLA's plan for the compiled program: `temp` is all that is neither argument nor output, without what a
 convolution library allocates at run time. Each model runs in a process of its own, whose peak resident memory, over
@@ -15,6 +16,7 @@ kills takes its own model's times with it, and no other's.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -46,6 +48,10 @@ COMPOSITES: dict[str, Callable[[], jaxlrp.Composite]] = {
     "epsilon_alpha2_beta1": jaxlrp.composites.epsilon_alpha2_beta1,
     "epsilon_alpha2_beta1_flat": jaxlrp.composites.epsilon_alpha2_beta1_flat,
     "deep_taylor": jaxlrp.composites.deep_taylor,
+    "excitation_backprop": jaxlrp.composites.excitation_backprop,
+    "guided_backprop": jaxlrp.composites.guided_backprop,
+    "deconvnet": jaxlrp.composites.deconvnet,
+    "beta_smooth": jaxlrp.composites.beta_smooth,
     "attnlrp": jaxlrp.composites.attnlrp,
     "cp_lrp": jaxlrp.composites.cp_lrp,
 }
@@ -90,9 +96,9 @@ def defaults(model: str) -> list[str]:
     return [c for c in COMPOSITES if (c in attention) == (model in TRANSFORMERS)]
 
 
-def measure(model: str, args: argparse.Namespace, out: Path) -> None:
+def measure(model: str, batch: int, args: argparse.Namespace, out: Path) -> None:
     """Measure one model; write its result to `out` after every step, so that a killed process leaves a record."""
-    result: dict[str, Any] = {"model": model, "batch": args.batch, "size": args.size, "rows": {}}
+    result: dict[str, Any] = {"model": model, "batch": batch, "size": args.size, "rows": {}}
     rows: dict[str, dict[str, Any]] = result["rows"]
 
     def save() -> None:
@@ -105,7 +111,7 @@ def measure(model: str, args: argparse.Namespace, out: Path) -> None:
         result |= {"platform": device.platform, "device_kind": device.device_kind}
         apply, params, shape = models.build(model, args.size)
         result["shape"] = shape
-        images = np.random.default_rng(1).standard_normal((args.batch, *shape), np.float32)
+        images = np.random.default_rng(1).standard_normal((batch, *shape), np.float32)
         x = jax.numpy.asarray(images.clip(-3, 3))
         run = {}
         for name in ("forward", BASELINE, *(args.composites or defaults(model))):
@@ -129,7 +135,7 @@ def measure(model: str, args: argparse.Namespace, out: Path) -> None:
             except Exception as error:
                 row["error"] = text_of(error)
         order = list(run)
-        for _ in range(args.rounds):
+        for _ in range(args.rounds if batch == 1 else min(args.rounds, 3)):
             for name in order:
                 compiled, arguments = run[name]
                 start = time.perf_counter()
@@ -171,14 +177,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def isolated(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def isolated(model: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """`measure` in a fresh process, which the system may kill without harm to the others."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=(model, args, out))
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(model, batch, args, out))
         process.start()
         process.join()
-        result: dict[str, Any] = {"model": model, "batch": args.batch, "size": args.size, "rows": {}}
+        result: dict[str, Any] = {"model": model, "batch": batch, "size": args.size, "rows": {}}
         if out.exists():
             result = json.loads(out.read_text())
     if process.exitcode:
@@ -191,7 +197,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(models.MODELS), choices=models.MODELS)
     parser.add_argument("--composites", nargs="+", choices=COMPOSITES, help="else those meant for each model")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="those above 1 are measured in 3 rounds")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--size", type=int, default=224, help="height and width of the input")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -205,13 +211,12 @@ def main() -> int:
         "machine": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: version(package) for package in ("jax", "jaxlib", "flax", "numpy")},
-        "batch": args.batch,
         "rounds": args.rounds,
         "size": args.size,
         "models": [],
     }
-    for model in args.models:
-        report["models"].append(isolated(model, args))
+    for model, batch in itertools.product(args.models, args.batches):
+        report["models"].append(isolated(model, batch, args))
         print(table(report["models"][-1]), end="\n\n", flush=True)
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")

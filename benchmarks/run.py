@@ -3,7 +3,7 @@
     python benchmarks/run.py --out benchmarks/results       # jaxlrp installed, or PYTHONPATH=.
 
 `cost-cpu.json` holds the figures of `cost.py` on a CPU, `cost-cpu.txt` its table; a figure says where it was measured.
-Nothing else should run on the machine; with two cores it takes half an hour.
+Nothing else should run on the machine; with two cores it takes an hour.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 NAMES = ("passes", "cost", "sharing", "scaling", "tracing", "response", "flipping", "peers")
+
+MORE = {"cost": ["--batches", "1", "4", "16"]}
 
 
 def main() -> int:
@@ -25,7 +27,7 @@ def main() -> int:
     device = subprocess.run(ask, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     for name in options.names:
         script, file = Path(__file__).with_name(f"{name}.py"), options.out / f"{name}-{device}"
-        command = [sys.executable, str(script), "--json", f"{file}.json"]
+        command = [sys.executable, str(script), "--json", f"{file}.json", *MORE.get(name, [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             lines = []
             for line in process.stdout or ():

@@ -12,8 +12,6 @@ from jaxlrp import Composite, lrp, rules, select
 from jaxlrp.analysis import analyse
 from jaxlrp.rules import passes
 
-pytestmark = pytest.mark.smoke
-
 
 def draw(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
@@ -60,6 +58,7 @@ def test_channels_last_are_the_convolution_and_its_transpose(conv, image, window
     np.testing.assert_allclose(passes.back_convolved(op.linear.core, r, w), pull(r)[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", ["plain", "strides and edges", "dilated", "groups"])
 def test_convolutions_in_a_loop_are_those_that_xla_has_fast(case):
     """Of what is in a loop XLA turns none into its own normal form, and computes other forms number by number."""
@@ -84,6 +83,7 @@ def test_taps_are_the_convolution_and_its_transpose(conv, image, window):
         np.testing.assert_allclose(passes.back_by_taps(op.linear.core, r, w), pull(r)[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", CASES)
 def test_rules_do_not_depend_on_the_form(case, monkeypatch):
     conv, image, window = CASES[case]
@@ -93,7 +93,7 @@ def test_rules_do_not_depend_on_the_form(case, monkeypatch):
     for written, by_taps in ((True, case != "groups"), (True, False), (False, False)):
         monkeypatch.setattr("jaxlrp.rules.passes.rewritten", lambda core, written=written: written)
         monkeypatch.setattr("jaxlrp.rules.passes.faster", lambda core, transposed, by_taps=by_taps: by_taps)
-        found.append([lrp(lambda x: conv(x, w), c)(x) for c in (composite, Composite(composite.rows[1:]))])
+        found.append([jax.jit(lrp(lambda x: conv(x, w), c))(x) for c in (composite, Composite(composite.rows[1:]))])
     for taps, last, own in zip(*found, strict=True):
         np.testing.assert_allclose(taps, own, rtol=0, atol=1e-10 * np.abs(own).max())
         np.testing.assert_allclose(last, own, rtol=0, atol=1e-10 * np.abs(own).max())
@@ -162,7 +162,7 @@ def test_rules_do_not_depend_on_rows(case, monkeypatch):
     x, w = draw(6, *data), draw(7, *kernel)
     explain = [
         jax.jit(lrp(lambda x, w=w, f=f: dense(f(x), w), Composite([(select.kind("dense"), rule)])))
-        for rule in RULES
+        for rule in (RULES if case == "a matrix" else RULES[:1])
         for f in (jnp.sin, jax.nn.relu)  # of either sign, and not
     ]
     whole = [f(x) for f in explain]

@@ -273,33 +273,39 @@ class Layer:
         (s,) = jax.linear_transpose(lambda y: self._follow(after, {self._end: y}, self.op.output), self._zeros)(s)
         return s
 
-    def _core(self, x: jax.Array, kernel: Kernel, transposed: bool = False) -> jax.Array:
-        core, slot = self._linear().core, self._linear().slot
+    def _core(self, x: jax.Array, kernel: Kernel) -> jax.Array:
+        core, left = self._linear().core, self._linear().slot == 0
+        whole = left and passes.compiled(x, self.kernel)
         if callable(kernel):
-            if slot == 0 and passes.large(core, x, self.kernel):
+            if whole and passes.large(core, self.kernel):
                 return passes.by_rows(core, x, self.kernel, kernel)
             kernel = self._made(kernel)
-        if slot == 0 and passes.faster(core, transposed):
+        if left and passes.faster(core, transposed=False):
             return passes.by_taps(core, x, kernel)
-        if slot == 0 and passes.rewritten(core):
-            return passes.convolved(core, x, kernel)
-        sizes = map(self._read, core.inputs[2:])  # of the groups of a ragged product
-        (out,) = self._evaluate(core, [*([x, kernel] if slot == 0 else [kernel, x]), *sizes])
-        return out
+        return passes.convolved(core, x, kernel) if whole and passes.rewritten(core) else self._own(x, kernel)
 
     def _back(self, s: jax.Array, kernel: Kernel, entered: jax.Array) -> jax.Array:
         """The transpose of `_core` in x, which is shaped like `entered`."""
-        core, slot = self._linear().core, self._linear().slot
+        core, left = self._linear().core, self._linear().slot == 0
+        whole = left and passes.compiled(s, self.kernel)
         if callable(kernel):
-            if slot == 0 and passes.large(core, s, self.kernel):
+            if whole and passes.large(core, self.kernel):
                 return passes.back_by_rows(core, s, self.kernel, kernel)
             kernel = self._made(kernel)
-        if slot == 0 and passes.rewritten(core):
-            if not passes.faster(core, transposed=True):
-                return passes.back_convolved(core, s, kernel)
-            if passes.own_windows(core):
-                return passes.back_by_taps(core, s, kernel)
-        (out,) = jax.linear_transpose(lambda x: self._core(x, kernel, transposed=True), entered)(s)
+        taps = left and passes.faster(core, transposed=True)
+        if taps and passes.own_windows(core):
+            return passes.back_by_taps(core, s, kernel)
+        if whole and not taps and passes.rewritten(core):
+            return passes.back_convolved(core, s, kernel)
+        forward = partial(passes.by_taps, core) if taps else self._own
+        (out,) = jax.linear_transpose(lambda x: forward(x, kernel), entered)(s)
+        return out
+
+    def _own(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The core's own equation."""
+        core, slot = self._linear().core, self._linear().slot
+        sizes = map(self._read, core.inputs[2:])  # of the groups of a ragged product
+        (out,) = self._evaluate(core, [*([x, kernel] if slot == 0 else [kernel, x]), *sizes])
         return out
 
     def _made(self, make: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -11,7 +11,8 @@ a plain loop over numbers. Outside of loops it puts channels last itself.
 By rows: of a large dense kernel a rule's own, its positive part say, is made and used a few rows at a time, which
 stay in the cache; whole it would be written to new memory and read again, at several times the cost of the product.
 
-benchmarks/passes.py measures all forms; other platforms keep their own.
+benchmarks/passes.py measures all forms; other platforms keep their own. The last two are for programs that are compiled
+whole: an eager call has no loops, and would compile one each time.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def rewritten(core: Equation) -> bool:
     sharded = any(s is not None for a in (x, kernel) for s in a.sharding.spec)  # explicitly, as part of the type
     empty = 0 in (*x.shape, *kernel.shape, *out.shape)
     return not (spread or sharded or empty) and jnp.issubdtype(out.dtype, np.floating)
+
+
+def compiled(*arrays: jax.Array) -> bool:
+    """Whether what is done with these arrays becomes part of a program."""
+    return any(isinstance(a, jax.core.Tracer) for a in arrays)
 
 
 def faster(core: Equation, transposed: bool) -> bool:
@@ -168,13 +174,9 @@ def back_by_taps(core: Equation, r: jax.Array, kernel: jax.Array) -> jax.Array:
     return total.transpose(np.argsort((images[0], *images[2:], images[1])))
 
 
-def large(core: Equation, data: jax.Array, kernel: jax.Array) -> bool:
-    """Whether this is a product of data with a dense kernel that is better made by rows, forward or back.
-
-    An eager call would compile the loop each time.
-    """
-    eager = not any(isinstance(a, jax.core.Tracer) for a in (data, kernel))
-    if core.primitive is not p.dot_general_p or jax.default_backend() != "cpu" or kernel.size < LARGE or eager:
+def large(core: Equation, kernel: jax.Array) -> bool:
+    """Whether this is a product of data with a dense kernel that is better made by rows, forward or back."""
+    if core.primitive is not p.dot_general_p or jax.default_backend() != "cpu" or kernel.size < LARGE:
         return False
     x, own = (a.aval for a in core.inputs)
     sharded = any(s is not None for a in (x, own) for s in a.sharding.spec)
