@@ -13,7 +13,7 @@ from pathlib import Path
 
 NAMES = ("passes", "cost", "sharing", "scaling", "tracing", "response", "flipping", "peers")
 
-MORE = {"cost": ["--batches", "1", "4", "16"]}
+MORE = {"cost": ["--models", "vgg16", "resnet50", "efficientnet", "vit", "decoder", "cnn", "--batches", "1", "4", "16"]}
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from jaxlrp import Composite, composites, lrp, plan, rewrite, rules, select, val
 from jaxlrp.errors import UnknownPrimitiveError
 from jaxlrp.evaluate import conservation
 from jaxlrp.nn import local_response_norm
+from jaxlrp.rules import passes
 from nets import LOCAL, close, draw, explained, quick_compilation, same  # noqa: F401
 
 MESH = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
@@ -407,6 +408,19 @@ def test_explained_on_each_device(check_vma):
 
     got, right = (jax.jit(f)(X, W, V) for f in (sharded(layers, BATCH, P("d"), check_vma), layers))
     close(got, right)
+
+
+@VMA
+def test_large_kernels_on_devices(check_vma, monkeypatch):
+    """Those whose parts are made a few rows at a time, in a loop of its own on each device."""
+    rows = linear(rules.ZPlus())
+    right = jax.jit(lrp(mlp, rows))(X, W, V)
+    monkeypatch.setattr(passes, "LARGE", 1)
+    monkeypatch.setattr(passes, "BLOCK", 24)
+    explain = jax.jit(lrp(sharded(mlp, BATCH, P("d"), check_vma), rows))
+    assert "while" in explain.lower(X, W, V).as_text()
+    close(explain(X, W, V), right)
+    close(jax.jit(lrp(sharded(tensor_parallel, TENSOR, P(), check_vma), rows))(X, W, V), right)
 
 
 def test_explained_on_each_device_with_a_sum_over_them():
