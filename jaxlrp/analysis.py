@@ -21,25 +21,28 @@ T = TypeVar("T")
 
 
 class Memory(Generic[T]):
-    """What was made of each program of one function: made once where `Traced.repeats` knows the program again.
+    """What was made of the programs of one function: made once where `Traced.repeats` knows a program again.
 
-    What a program closes over stays alive with what is made of it: of the arrays closed over, only the latest are kept.
+    What a program closes over stays alive with what is made of it, so there is only room for the latest few programs,
+    and of calls that differ in the arrays closed over alone only for the latest.
     """
 
+    ROOM = 8
+
     def __init__(self) -> None:
-        self._made: dict[Hashable, T] = {}
-        self._constants: list[Any] = []
+        self._made: dict[Hashable, tuple[list[Any], T]] = {}
 
     def of(self, traced: Traced, make: Callable[[Traced], T]) -> T:
-        key = traced.repeats
+        key, constants = traced.repeats, list(traced.jaxpr.consts)
         if key is None:
             return make(traced)
-        constants = list(traced.jaxpr.consts)
-        if list(map(id, constants)) != list(map(id, self._constants)):
-            self._made, self._constants = {}, constants
-        if key not in self._made:
-            self._made[key] = make(traced)
-        return self._made[key]
+        known, made = self._made.pop(key, ([], None))
+        if made is None or list(map(id, known)) != list(map(id, constants)):
+            made = make(traced)
+        self._made[key] = constants, made
+        while len(self._made) > self.ROOM:
+            self._made.pop(next(iter(self._made)), None)
+        return made
 
 
 def analyse(

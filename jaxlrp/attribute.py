@@ -140,24 +140,24 @@ def pullback(
     Any number of starts, mapped or one after another, share one forward pass. Args and errors as `value_and_lrp`.
     """
 
-    def make(traced: Traced) -> tuple[Interpreter, Settings, dict[str, int]]:
+    def make(traced: Traced) -> tuple[Interpreter, list[Op], Sequence[Rule], dict[str, int]]:
         body = recognised(traced)
         ops = list(body.ops())
         rules, _ = assign(ops, composite, on_unknown)
         watched = [] if layers is None else _watched(ops, layers)
-        masked = _masked(body, ops, masks or {})
-        settings = Settings(chosen_rules(ops, rules, {*watched, *masked}), masks=masked)
         run = Interpreter(body, _arrived, rectified=rectified(body, rules))
-        return run, settings, {ops[i].name: i for i in watched}
+        return run, ops, rules, {ops[i].name: i for i in watched}
 
-    memory: Memory[tuple[Interpreter, Settings, dict[str, int]]] = Memory()
+    memory: Memory[tuple[Interpreter, list[Op], Sequence[Rule], dict[str, int]]] = Memory()
 
     @functools.wraps(fun, updated=())
     def pulled(*args: Any, **kwargs: Any) -> Any:
         traced = trace(fun, args, kwargs, argnums)
-        run, settings, watched = memory.of(traced, make)
+        run, ops, rules, watched = memory.of(traced, make)
         check_nan(traced, run.body)
-        probes = _probes(run.body, watched.values())
+        masked = {} if masks is None else _masked(run.body, ops, masks)
+        probes = _probes(run.body, ops, watched.values())
+        settings = Settings(chosen_rules(ops, rules, {*watched.values(), *masked}), probes, masked)
 
         def forward(xs: list[Any], probes: dict[int, Any]) -> Any:
             arrays = list(traced.arrays)
@@ -276,10 +276,10 @@ def _masked(body: Body, ops: Sequence[Op], masks: dict[str, Any]) -> dict[int, A
     return found
 
 
-def _probes(body: Body, watched: Collection[int]) -> dict[int, jax.Array]:
+def _probes(body: Body, ops: Sequence[Op], watched: Collection[int]) -> dict[int, jax.Array]:
     if not watched:
         return {}
-    ops, lengths, loops = list(body.ops()), lead(body), around(body)
+    lengths, loops = lead(body), around(body)
 
     def probe(op: Op) -> jax.Array:
         inner = {a for loop in loops[op] for a in device_counts(loop, op)}

@@ -70,15 +70,17 @@ class Traced:
         body = self.jaxpr.jaxpr
         if len(body.eqns) != 1 or body.eqns[0].primitive is not p.jit_p:
             return None
+        if any(isinstance(a, jax.core.Tracer) for a in self.jaxpr.consts):
+            return None
         (call,) = body.eqns
         place = {v: i for i, v in enumerate((*body.invars, *body.constvars, *call.outvars))}
-        wires = (*call.invars, *body.outvars)
-        if any(isinstance(v, jex.Literal) for v in wires) or any(
-            isinstance(a, jax.core.Tracer) for a in self.jaxpr.consts
-        ):
-            return None
-        trees = (self.explained_tree, self.out_tree)
-        return (*call.params.items(), tuple(place[v] for v in wires), self.names, self.explained, self.titles, trees)
+        wires = tuple(
+            (str(v.aval), np.asarray(v.val).tobytes()) if isinstance(v, jex.Literal) else place[v]
+            for v in (*call.invars, *body.outvars)
+        )
+        avals = tuple(v.aval for v in (*body.invars, *body.constvars))
+        names = (self.names, self.explained, self.titles, self.explained_tree, self.out_tree)
+        return (*call.params.items(), wires, avals, *names)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -57,9 +57,10 @@ def test_other_shapes_dtypes_and_arguments_are_other_programs() -> None:
     explain = jaxlrp.lrp(lambda p, x: network(p, x), composite, argnums=1, target=0)
     params, x = arguments()
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    for args in ((params, x), arguments(2), (half, x), (params, x)):
+    for args, traced in (((params, x), 2), (arguments(2), 2), ((half, x), 2), ((params, x), 0)):
         calls.clear()
         found = explain(*args)
+        assert len(calls) == traced
         np.testing.assert_allclose(
             found, jaxlrp.lrp(network.__wrapped__, composite, argnums=1, target=0)(*args), rtol=1e-5, atol=1e-6
         )
@@ -86,14 +87,43 @@ def test_what_the_function_closes_over_is_never_stale() -> None:
         np.testing.assert_allclose(found, plain(state["params"], x), rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_latest_arrays_closed_over_stay_alive() -> None:
+def test_of_what_was_closed_over_little_stays_alive() -> None:
     memory = analysis.Memory[list[Any]]()
     x = arguments()[1]
-    for seed in range(3):
+    for seed in range(3):  # one program, with other arrays
         params = arguments(seed=seed)[0]
         traced = analysis.trace(lambda x, p=params: network(p, x), (x,), {}, 0)
         assert memory.of(traced, lambda t: [t]) is memory.of(traced, lambda t: [])
     assert len(memory._made) == 1
+    for seed in range(20):  # a program for each call
+        w = draw(5, 4, seed=seed)
+        memory.of(analysis.trace(lambda x, w=w: jax.jit(lambda x: x @ w)(x), (x,), {}, 0), lambda t: [t])
+    assert len(memory._made) <= memory.ROOM
+
+
+def test_scalars_of_a_call_are_part_of_its_program() -> None:
+    composite, calls = counting()
+    scaled = jax.jit(lambda params, x, factor: factor * network.__wrapped__(params, x))
+    state = {"factor": 1.0}
+    explain = jaxlrp.lrp(lambda p, x: scaled(p, x, state["factor"]), composite, argnums=1)
+    params, x = arguments()
+    one = jaxlrp.lrp(network.__wrapped__, composite, argnums=1)(params, x)
+    for factor, traced in ((1.0, 2), (2.0, 2), (1.0, 0)):
+        state["factor"] = factor
+        calls.clear()
+        np.testing.assert_allclose(explain(params, x), factor * one, rtol=1e-5, atol=1e-6)
+        assert len(calls) == traced
+
+
+def test_masks_are_those_of_the_call() -> None:
+    params, x = arguments()
+    masks: dict[str, Any] = {}
+    for function in (network, network.__wrapped__):
+        explain = jaxlrp.lrp(function, jaxlrp.composites.epsilon(), argnums=1, target=0, masks=masks)
+        for mask in (jnp.arange(7) < 3, jnp.arange(7) >= 3):
+            masks["hidden"] = mask
+            right = jaxlrp.lrp(network, jaxlrp.composites.epsilon(), argnums=1, target=0, masks=dict(masks))(params, x)
+            np.testing.assert_allclose(explain(params, x), right, rtol=1e-5, atol=1e-6)
 
 
 def test_a_program_that_is_being_traced_leaves_nothing_behind() -> None:

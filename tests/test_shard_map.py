@@ -416,7 +416,7 @@ def test_large_kernels_on_devices(check_vma, monkeypatch):
     rows = linear(rules.ZPlus())
     right = jax.jit(lrp(mlp, rows))(X, W, V)
     monkeypatch.setattr(passes, "LARGE", 1)
-    monkeypatch.setattr(passes, "BLOCK", 24)
+    monkeypatch.setattr(passes, "BLOCK", 64)
     explain = jax.jit(lrp(sharded(mlp, BATCH, P("d"), check_vma), rows))
     assert "while" in explain.lower(X, W, V).as_text()
     close(explain(X, W, V), right)

@@ -6,7 +6,7 @@ from .attention import Attention
 from .base import KERNEL, LINEAR, Rule, broadcasts, rule
 from .domain import Flat, WSquare, ZBox
 from .embedding import EmbeddingSum
-from .layer import Layer
+from .layer import Elementwise, Layer
 from .linear import AlphaBeta, Epsilon, FourQuadrant, Gamma, GeneralizedGamma, Norm, Zero, ZPlus, in_proportion, share
 from .normalisation import ConstantStatistics
 from .pattern import PatternAttribution, PatternNet
@@ -32,6 +32,7 @@ __all__ = [
     "GeneralizedGamma",
     "Gradient",
     "GuidedBackprop",
+    "Elementwise",
     "Layer",
     "LocalResponseTaylor",
     "Norm",

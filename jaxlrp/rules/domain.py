@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from ..errors import InputError
 from ..program import Op
 from .base import KERNEL, Rule, broadcasts, check_number, concrete, rule
-from .layer import Layer
-from .linear import negative, positive, share, total
+from .layer import Elementwise, Layer
+from .linear import MINUS, ONES, PLUS, share, total
 
 
 @rule
@@ -29,7 +29,7 @@ class WSquare(Rule):
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         # the weight seen from the raw input includes the preprocessing's factor
         factor = layer.enter(jnp.ones_like(layer.inputs[0]))
-        terms = [(factor**2, jnp.square)]
+        terms = [(factor**2, Elementwise(jnp.square))]
         return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
 
 
@@ -43,7 +43,7 @@ class Flat(Rule):
     kinds: ClassVar[frozenset[str]] = KERNEL
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        terms = [(layer.ones, jnp.ones_like)]
+        terms = [(layer.ones, ONES)]
         return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
 
 
@@ -88,7 +88,7 @@ class ZBox(Rule):
         # a negative preprocessing factor turns the box over
         low, high = jnp.minimum(*bounds), jnp.maximum(*bounds)
         # a w - l w+ - h w- of two passes; in the box neither has terms that cancel
-        terms = [(layer.active - low, positive), (layer.active - high, negative)]
+        terms = [(layer.active - low, PLUS), (layer.active - high, MINUS)]
         return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -20,7 +21,15 @@ from . import passes
 from .arithmetic import halved, resolved, summed
 from .base import LINEAR, NORMS
 
-Kernel = jax.Array | Callable[[jax.Array], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """A kernel that is made of the layer's own, w, element by element: make(w). A large one is never made whole."""
+
+    make: Callable[[jax.Array], jax.Array]
+
+
+Kernel = jax.Array | Elementwise
 
 
 class Layer:
@@ -53,7 +62,7 @@ class Layer:
         self.inputs = tuple(self._data(x, e) for x, e in zip(inputs or (), exact, strict=False))
         self.output = self._data(output)
         self._params: dict[Atom, Any] = dict(zip(op.params, params or (), strict=params is not None))
-        self._kernels: dict[Callable[[jax.Array], jax.Array], jax.Array] = {}
+        self._kernels: dict[Elementwise, jax.Array] = {}
 
     def apply(self, *inputs: jax.Array) -> jax.Array:
         """The layer's own equations on other inputs."""
@@ -222,8 +231,7 @@ class Layer:
     def forward(self, x: jax.Array, kernel: Kernel) -> jax.Array:
         """core(x, kernel) in the shape of the output, without bias.
 
-        kernel: an array, or a function of `self.kernel` that acts element by element (`jnp.abs`), so that a large one
-        need not be made whole.
+        kernel: an array, or what is made of `self.kernel`: `Elementwise(jnp.abs)`.
         """
         return self._follow(self._linear().after, {self._end: self._core(x, kernel)}, self.op.output)
 
@@ -275,27 +283,27 @@ class Layer:
 
     def _core(self, x: jax.Array, kernel: Kernel) -> jax.Array:
         core, left = self._linear().core, self._linear().slot == 0
-        whole = left and passes.compiled(x, self.kernel)
-        if callable(kernel):
-            if whole and passes.large(core, self.kernel):
-                return passes.by_rows(core, x, self.kernel, kernel)
+        if isinstance(kernel, Elementwise):
+            if left and passes.large(core) and passes.compiled():
+                return passes.by_rows(core, x, *self._source(kernel))
             kernel = self._made(kernel)
         if left and passes.faster(core, transposed=False):
             return passes.by_taps(core, x, kernel)
-        return passes.convolved(core, x, kernel) if whole and passes.rewritten(core) else self._own(x, kernel)
+        if left and passes.rewritten(core) and passes.compiled():
+            return passes.convolved(core, x, kernel)
+        return self._own(x, kernel)
 
     def _back(self, s: jax.Array, kernel: Kernel, entered: jax.Array) -> jax.Array:
         """The transpose of `_core` in x, which is shaped like `entered`."""
         core, left = self._linear().core, self._linear().slot == 0
-        whole = left and passes.compiled(s, self.kernel)
-        if callable(kernel):
-            if whole and passes.large(core, self.kernel):
-                return passes.back_by_rows(core, s, self.kernel, kernel)
+        if isinstance(kernel, Elementwise):
+            if left and passes.large(core) and passes.compiled():
+                return passes.back_by_rows(core, s, *self._source(kernel))
             kernel = self._made(kernel)
         taps = left and passes.faster(core, transposed=True)
         if taps and passes.own_windows(core):
             return passes.back_by_taps(core, s, kernel)
-        if whole and not taps and passes.rewritten(core):
+        if left and not taps and passes.rewritten(core) and passes.compiled():
             return passes.back_convolved(core, s, kernel)
         forward = partial(passes.by_taps, core) if taps else self._own
         (out,) = jax.linear_transpose(lambda x: forward(x, kernel), entered)(s)
@@ -308,11 +316,19 @@ class Layer:
         (out,) = self._evaluate(core, [*([x, kernel] if slot == 0 else [kernel, x]), *sizes])
         return out
 
-    def _made(self, make: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """What a function makes of the kernel, made once."""
-        if make not in self._kernels:
-            self._kernels[make] = make(self.kernel)
-        return self._kernels[make]
+    def _made(self, kernel: Elementwise) -> jax.Array:
+        """The array, made once."""
+        if kernel not in self._kernels:
+            self._kernels[kernel] = kernel.make(self.kernel)
+        return self._kernels[kernel]
+
+    def _source(self, kernel: Elementwise) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+        """What some rows of the array are made of, and how: of the parameter as it is stored, unless it is scaled."""
+        if self._linear().scales:
+            return self.kernel, kernel.make
+        stored = self._linear().core.inputs[1]
+        array = jnp.asarray(stored.value if isinstance(stored, Constant) else self._fixed[stored])
+        return array, lambda w: kernel.make(self._cast(w))
 
     def _before(self, x: jax.Array) -> jax.Array:
         linear = self._linear()

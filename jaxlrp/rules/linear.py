@@ -10,7 +10,7 @@ it), "distribute" (every connected input gets the same part of it), "ignore" (th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -21,10 +21,10 @@ from ..errors import InputError
 from ..program import Op
 from .arithmetic import by_parts, divide, stabilise
 from .base import KERNEL, LINEAR, Rule, check_choice, check_number, concrete, rule
-from .layer import Kernel, Layer
+from .layer import Elementwise, Kernel, Layer
 
 Terms = Sequence[tuple[jax.Array, Kernel]]  # (input, kernel) pairs: their sum of products is one set of contributions
-Signed = list[tuple[jax.Array, Callable[[jax.Array], jax.Array]]]
+Parts = list[tuple[jax.Array, Elementwise]]
 
 
 def positive(x: jax.Array) -> jax.Array:
@@ -35,21 +35,25 @@ def negative(x: jax.Array) -> jax.Array:
     return jnp.minimum(x, 0)
 
 
-def excitatory(layer: Layer) -> Signed:
+PLUS, MINUS, SIZE = Elementwise(positive), Elementwise(negative), Elementwise(jnp.abs)
+ONES = Elementwise(jnp.ones_like)
+
+
+def excitatory(layer: Layer) -> Parts:
     """The contributions c+ of a dense or conv layer."""
     a = layer.active
-    return [(a, positive)] if layer.nonneg else [(positive(a), positive), (negative(a), negative)]
+    return [(a, PLUS)] if layer.nonneg else [(positive(a), PLUS), (negative(a), MINUS)]
 
 
-def inhibitory(layer: Layer) -> Signed:
+def inhibitory(layer: Layer) -> Parts:
     """The contributions c- of a dense or conv layer."""
     a = layer.active
-    return [(a, negative)] if layer.nonneg else [(positive(a), negative), (negative(a), positive)]
+    return [(a, MINUS)] if layer.nonneg else [(positive(a), MINUS), (negative(a), PLUS)]
 
 
-def favoured(gamma: Any, part: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """Of a kernel w: w + gamma part(w)."""
-    return lambda w: w + gamma * part(w)
+def favoured(gamma: Any, part: Elementwise) -> Elementwise:
+    """The kernel w + gamma part(w)."""
+    return Elementwise(lambda w: w + gamma * part.make(w))
 
 
 def total(layer: Layer, terms: Terms) -> jax.Array:
@@ -94,7 +98,7 @@ def ratio(
     divisor = z if epsilon is None else stabilise(z, epsilon)
     s, spread = divide(relevance, divisor), jnp.zeros((), layer.dtype)
     if bias is not None and policy == "distribute":
-        ones = [(layer.ones, jnp.ones_like)]
+        ones = [(layer.ones, ONES)]
         count = total(layer, ones)
         spread = messages(layer, ones, divide(s * bias, count))
         layer.book("dropped", lambda: jnp.where(count == 0, s * bias, 0))  # of a unit that reads padding alone
@@ -292,9 +296,9 @@ class FourQuadrant(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         a = layer.active
-        quadrants = [(self.pos_pos, positive(a), positive), (self.pos_neg, positive(a), negative)]
+        quadrants = [(self.pos_pos, positive(a), PLUS), (self.pos_neg, positive(a), MINUS)]
         if not layer.nonneg:
-            quadrants += [(self.neg_neg, negative(a), negative), (self.neg_pos, negative(a), positive)]
+            quadrants += [(self.neg_neg, negative(a), MINUS), (self.neg_pos, negative(a), PLUS)]
         else:
             missing = self.neg_neg + self.neg_pos
             layer.book("dropped", lambda: missing * relevance)
@@ -350,9 +354,8 @@ class GeneralizedGamma(Rule):
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         a, z, b = layer.active, layer.output, layer.bias
         size = jnp.abs(a)
-        plus = (z - b + layer.forward(size, jnp.abs)) / 2 + positive(
-            b
-        )  # c+ = (c + |c|) / 2 is one pass, for signed a too
+        # c+ = (c + |c|) / 2 is one pass, for signed a too
+        plus = (z - b + layer.forward(size, SIZE)) / 2 + positive(b)
         # The sum of one sign enters that of z only where it is the larger one, so nothing cancels in these differences;
         # in the messages below (1 + gamma/2) c - gamma/2 |c| does, by a factor of gamma, beside others of that size.
         up, spread = self._ratio(layer, relevance, z > 0, plus, positive(b))
@@ -362,11 +365,11 @@ class GeneralizedGamma(Rule):
             spread += more
         layer.book("dropped", lambda: jnp.where(z == 0, relevance, 0))
         if layer.nonneg and layer.rectified:
-            received = a * layer.backward(up, favoured(self.gamma, positive))
+            received = a * layer.backward(up, favoured(self.gamma, PLUS))
         else:  # kernels without gamma, which variants share
             half = self.gamma / 2
             received = (1 + half) * a * layer.backward(up + down, layer.kernel)
-            received += half * size * layer.backward(up - down, jnp.abs)
+            received += half * size * layer.backward(up - down, SIZE)
         return (layer.leave(received + spread),)
 
     def _ratio(self, layer: Layer, relevance: jax.Array, chosen: jax.Array, part: jax.Array, b: jax.Array) -> Any:

@@ -30,7 +30,7 @@ from jax.extend.core import primitives as p
 from ..program import Equation
 
 WIDE = 2**16  # inputs x outputs of a kernel that costs time to move
-LARGE, BLOCK = 2**22, 2**20  # elements of a dense kernel that does not stay in the cache, and of rows that do
+LARGE, BLOCK = 2**22, 2**20  # elements of a dense kernel that does not stay in the cache, and of what does
 FEW = {False: 64, True: 1024}  # positions of an image that is small beside it: forward, transposed
 
 
@@ -46,9 +46,9 @@ def rewritten(core: Equation) -> bool:
     return not (spread or sharded or empty) and jnp.issubdtype(out.dtype, np.floating)
 
 
-def compiled(*arrays: jax.Array) -> bool:
-    """Whether what is done with these arrays becomes part of a program."""
-    return any(isinstance(a, jax.core.Tracer) for a in arrays)
+def compiled() -> bool:
+    """Whether what is computed here becomes part of a program: not so in an eager call, nor in `jax.vmap` of one."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def faster(core: Equation, transposed: bool) -> bool:
@@ -174,14 +174,17 @@ def back_by_taps(core: Equation, r: jax.Array, kernel: jax.Array) -> jax.Array:
     return total.transpose(np.argsort((images[0], *images[2:], images[1])))
 
 
-def large(core: Equation, kernel: jax.Array) -> bool:
-    """Whether this is a product of data with a dense kernel that is better made by rows, forward or back."""
-    if core.primitive is not p.dot_general_p or jax.default_backend() != "cpu" or kernel.size < LARGE:
+def large(core: Equation) -> bool:
+    """Whether this is a product of data with a dense kernel that is better made by rows, forward or back.
+
+    The outputs of all positions are read and written with each block, so they must stay in the cache as well.
+    """
+    if core.primitive is not p.dot_general_p or jax.default_backend() != "cpu":
         return False
-    x, own = (a.aval for a in core.inputs)
-    sharded = any(s is not None for a in (x, own) for s in a.sharding.spec)
+    x, kernel, out = (a.aval for a in (*core.inputs[:2], core.outputs[0]))
+    sharded = any(s is not None for a in (x, kernel) for s in a.sharding.spec)
     plain = core.params["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
-    return plain and not sharded
+    return plain and not sharded and kernel.size >= LARGE and out.size <= BLOCK
 
 
 def _rows(kernel: jax.Array) -> tuple[int, int]:
