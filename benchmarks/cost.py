@@ -98,7 +98,8 @@ def defaults(model: str) -> list[str]:
 
 def measure(model: str, batch: int, args: argparse.Namespace, out: Path) -> None:
     """Measure one model; write its result to `out` after every step, so that a killed process leaves a record."""
-    result: dict[str, Any] = {"model": model, "batch": batch, "size": args.size, "rows": {}}
+    rounds = args.rounds if batch == 1 else min(args.rounds, 3)
+    result: dict[str, Any] = {"model": model, "batch": batch, "rounds": rounds, "size": args.size, "rows": {}}
     rows: dict[str, dict[str, Any]] = result["rows"]
 
     def save() -> None:
@@ -135,7 +136,7 @@ def measure(model: str, batch: int, args: argparse.Namespace, out: Path) -> None
             except Exception as error:
                 row["error"] = text_of(error)
         order = list(run)
-        for _ in range(args.rounds if batch == 1 else min(args.rounds, 3)):
+        for _ in range(rounds):
             for name in order:
                 compiled, arguments = run[name]
                 start = time.perf_counter()
@@ -211,7 +212,6 @@ def main() -> int:
         "machine": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: version(package) for package in ("jax", "jaxlib", "flax", "numpy")},
-        "rounds": args.rounds,
         "size": args.size,
         "models": [],
     }

@@ -2,9 +2,11 @@
 
     PYTHON keras_peer.py NETWORK IMAGES.npy CLASS       # a Python with innvestigate 2 and tensorflow
 
-Writes the names of what it can run as a line of JSON; then runs what a line of its input names, and writes the name.
+Writes the names of what it can run, and its versions, as a line of JSON; then runs what a line of its input names, and
+writes the name.
 """
 
+import importlib.metadata
 import json
 import sys
 
@@ -33,7 +35,10 @@ def main() -> None:
     }
     for title, analyzer in made.items():
         assert np.isfinite(analyzer.analyze(images, int(target))).all(), title
-    print(json.dumps([*made]), file=answers, flush=True)
+    packages = ("innvestigate", "tensorflow-cpu", "tensorflow", "numpy")
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+    versions = ", ".join(f"{p} {installed[p]}" for p in packages if p in installed)
+    print(json.dumps([[*made], versions]), file=answers, flush=True)
     for line in sys.stdin:
         made[line.strip()].analyze(images, int(target))
         print(line.strip(), file=answers, flush=True)

@@ -2,9 +2,10 @@
 
     python benchmarks/passes.py --json passes.json       # jaxlrp installed, or PYTHONPATH=.
 
-Three tables. Convolutions and their transposes by taps; `taken` says where jaxlrp takes those. Transposed convolutions
-of eight images one after another, in the body of a loop, with channels last. Dense layers' positive parts, forward and
-back, by rows. Images are images x height x width x channels; then window, outputs, stride; `own`: depthwise.
+Three tables. Convolutions and their transposes by taps; at the end of a line, where jaxlrp takes those. Transposed
+convolutions with channels last, alone and of eight images one after another in the body of a loop. A dense layer's
+positive part by rows: z+ forward and back in one program, for several numbers of examples. Images are images x height x
+width x channels; then window, outputs, stride; `own`: depthwise, `groups`: 32 of them.
 """
 
 import argparse
@@ -35,8 +36,11 @@ TAPS = [
     ),
     *((1, n, c, c, w, s, c) for n, c, w, s in ((112, 32, 3, 1), (112, 96, 3, 2), (28, 240, 3, 2), (14, 480, 5, 1))),
 ]
-LOOPS = [(1, 112, 64, 64, 3, 1, 1), (1, 56, 128, 128, 3, 1, 1), (1, 56, 128, 128, 3, 2, 1), (1, 224, 3, 64, 7, 2, 1)]
-DENSE = [(n, *shape) for shape in ((25088, 4096), (4096, 4096), (4096, 11008)) for n in (1, 16)]
+LAST = [
+    *((1, n, c, c, 3, s, g) for n, c, s, g in ((112, 64, 1, 1), (56, 128, 1, 1), (56, 128, 2, 1), (56, 128, 1, 32))),
+    (1, 224, 3, 64, 7, 2, 1),
+]
+DENSE = [(n, *shape) for shape in ((25088, 4096), (4096, 4096), (4096, 11008)) for n in (1, 16, 64, 256)]
 
 
 def core_of(f: Callable, *arrays: jax.Array) -> Any:
@@ -59,8 +63,18 @@ def convolution(images: int, size: int, channels: int, outputs: int, window: int
         return jax.lax.conv_general_dilated(x, w, (stride, stride), "SAME", **spec)
 
     r = jnp.asarray(rng.standard_normal(conv(x, w).shape, np.float32))
-    title = f"{images}x{size}x{size}x{channels}, {window}x{window}, {outputs}, {stride}" + ", own" * (groups > 1)
+    title = f"{images}x{size}x{size}x{channels}, {window}x{window}, {outputs}, {stride}" + ", own" * (
+        groups == channels
+    )
+    title += f", {groups} groups" * (1 < groups < channels)
     return title, conv, core_of(conv, x, w), (x, w, r)
+
+
+def in_a_program(choice: Callable[[Any], bool], core: Any) -> bool:
+    """What jaxlrp chooses where the pass is compiled."""
+    found: list[bool] = []
+    jax.make_jaxpr(lambda: found.append(choice(core)))()
+    return found[0]
 
 
 def of_taps(*shape: int) -> tuple[str, dict[str, Callable], str]:
@@ -77,36 +91,46 @@ def of_taps(*shape: int) -> tuple[str, dict[str, Callable], str]:
     return title, runs, ", ".join(taken) or "-"
 
 
-def of_loops(*shape: int) -> tuple[str, dict[str, Callable], str]:
+def of_last(*shape: int) -> tuple[str, dict[str, Callable], str]:
     title, conv, core, (x, w, r) = convolution(*shape)
     several = jnp.stack([r] * 8)
 
     def loop(back: Callable) -> Callable:
         return partial(jax.jit(lambda rs, w, x: jax.lax.map(lambda r: back(r, w, x), rs)), several, w, x)
 
-    last = loop(lambda r, w, x: passes.back_convolved(core, r, w))
-    return title, {"xla^T": loop(partial(transposed, conv)), "last^T": last}, ""
+    own, last = partial(transposed, conv), lambda r, w, x: passes.back_convolved(core, r, w)
+    runs = {"xla^T": partial(jax.jit(own), r, w, x), "last^T": partial(jax.jit(last), r, w, x)}
+    return (
+        title,
+        runs | {"xla, loop": loop(own), "last, loop": loop(last)},
+        "taken" if in_a_program(passes.channels_last, core) else "-",
+    )
 
 
 def of_dense(examples: int, inputs: int, outputs: int) -> tuple[str, dict[str, Callable], str]:
     rng = np.random.default_rng(0)
-    x, w, r = (
-        jnp.asarray(rng.standard_normal(s, np.float32))
-        for s in ((examples, inputs), (inputs, outputs), (examples, outputs))
-    )
+    x, r = (jnp.asarray(rng.uniform(0.1, 1, (examples, n)).astype(np.float32)) for n in (inputs, outputs))
+    w = jnp.asarray(rng.standard_normal((inputs, outputs), np.float32))
     core = core_of(jnp.matmul, x, w)
-    runs = {
-        "xla": partial(jax.jit(lambda x, w: x @ positive(w)), x, w),
-        "rows": partial(jax.jit(lambda x, w: passes.by_rows(core, x, w, positive)), x, w),
-        "xla^T": partial(jax.jit(lambda r, w, x: transposed(lambda x, w: x @ positive(w), r, w, x)), r, w, x),
-        "rows^T": partial(jax.jit(lambda r, w: passes.back_by_rows(core, r, w, positive)), r, w),
-    }
-    return f"{examples} x {inputs}, {outputs}", runs, ""
+
+    def whole(x: jax.Array, w: jax.Array, r: jax.Array) -> jax.Array:
+        kernel = positive(w)
+        return x * transposed(jnp.matmul, r / (x @ kernel), kernel, x)
+
+    def by_rows(x: jax.Array, w: jax.Array, r: jax.Array) -> jax.Array:
+        return x * passes.back_by_rows(core, r / passes.by_rows(core, x, w, positive), w, positive)
+
+    runs = {"xla": partial(jax.jit(whole), x, w, r), "rows": partial(jax.jit(by_rows), x, w, r)}
+    return (
+        f"{examples} x {inputs}, {outputs}",
+        runs,
+        "taken" if in_a_program(passes.large, core) else "-",
+    )
 
 
 TABLES: dict[str, tuple[Callable[..., tuple[str, dict[str, Callable], str]], list[Any]]] = {
     "taps": (of_taps, TAPS),
-    "in a loop": (of_loops, LOOPS),
+    "channels last": (of_last, LAST),
     "dense": (of_dense, DENSE),
 }
 
@@ -126,9 +150,9 @@ def main() -> None:
             ratios = {b: rounds.ratios(seconds, a)[b]["ratio"] for a, b in pairs}
             ms = {key: 1e3 * rounds.ratios(seconds, key)[key]["median_s"] for key in runs}
             if not rows:
-                print(f"{name:34}" + "".join(f"{f'{a} ms':>10}{f'{b} ms':>10}{'ratio':>7}" for a, b in pairs))
+                print(f"{name:34}" + "".join(f"{f'{a} ms':>14}{f'{b} ms':>14}{'ratio':>7}" for a, b in pairs))
             print(
-                f"{title:34}" + "".join(f"{ms[a]:10.2f}{ms[b]:10.2f}{ratios[b]:7.2f}" for a, b in pairs),
+                f"{title:34}" + "".join(f"{ms[a]:14.2f}{ms[b]:14.2f}{ratios[b]:7.2f}" for a, b in pairs),
                 note,
                 flush=True,
             )

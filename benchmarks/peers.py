@@ -5,7 +5,8 @@
 VGG-16, ResNet-50, EfficientNet-Lite0, ViT-B/16 and a decoder of GPT-2's size with random weights. Everything explains
 the same class of every image of the batch, round by round in one process (lxt, which patches PyTorch, in one of its
 own): jaxlrp compiled, on all cores; the libraries with each number of threads of `--threads`, of which the best counts.
-`own gradient` is that framework's value and gradient of the explained logits with respect to the input. A library that
+`own gradient` is that framework's value and gradient of the explained logits with respect to the input (of TensorFlow
+the gradient alone, by iNNvestigate). A library that
 is not installed, or that cannot explain a network, is named with the reason. iNNvestigate needs other versions of what
 jaxlrp needs: `--innvestigate` names a Python that has it (`keras_peer.py`).
 """
@@ -59,7 +60,10 @@ def of_jaxlrp(name: str, x: np.ndarray, chosen: list[str]) -> Runs:
 
 def of_keras(name: str, x: np.ndarray, options: argparse.Namespace, missing: dict[str, str]) -> Runs:
     """iNNvestigate, one process for each number of threads."""
-    if name not in IMAGES or options.innvestigate is None:
+    if name not in IMAGES or "lxt" in options.libraries:
+        return {}
+    if options.innvestigate is None:
+        missing["iNNvestigate"] = "no --innvestigate"
         return {}
     if name != "vgg16":
         missing["iNNvestigate"] = "not tried: on ResNet-50 it took 282 s to build its graph of the gradient alone"
@@ -69,8 +73,8 @@ def of_keras(name: str, x: np.ndarray, options: argparse.Namespace, missing: dic
     runs: Runs = {}
     for count in options.threads:
         command = [options.innvestigate, str(Path(__file__).with_name("keras_peer.py")), name, str(file), str(TARGET)]
-        threads = {"TF_NUM_INTRAOP_THREADS": str(count), "OMP_NUM_THREADS": str(count), "TF_CPP_MIN_LOG_LEVEL": "3"}
-        environment = {**os.environ, **threads}
+        threads = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+        environment = {**os.environ, **dict.fromkeys(threads, str(count)), "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment.pop("PYTHONPATH", None)
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, env=environment
@@ -78,14 +82,16 @@ def of_keras(name: str, x: np.ndarray, options: argparse.Namespace, missing: dic
         assert worker.stdin is not None and worker.stdout is not None
         answer = worker.stdout.readline()
         if not answer:
-            missing["iNNvestigate"] = f"{options.innvestigate} ended with status {worker.wait()}"
-            return {}
+            missing[f"iNNvestigate, {count}"] = f"its process ended with status {worker.wait()}"
+            continue
 
         def run(title: str, worker: Any = worker) -> None:
             print(title, file=worker.stdin, flush=True)
             assert worker.stdout.readline() == f"{title}\n"
 
-        for title in json.loads(answer):
+        titles, versions = json.loads(answer)
+        missing["iNNvestigate runs on"] = versions
+        for title in titles:
             library = "TensorFlow" if title == "own gradient" else "iNNvestigate"
             runs[f"{library}, {count} thread{'s' * (count > 1)}", title] = lambda run=run, title=title: run(title)
     return runs
@@ -98,7 +104,7 @@ def measure(name: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]
     missing: dict[str, str] = {}
     runs = of_jaxlrp(name, x, chosen) | of_torch(name, x, chosen, options, missing)
     runs |= of_keras(name, x, options, missing)
-    seconds = rounds.measure({" | ".join(k): run for k, run in runs.items()}, options.rounds)
+    seconds = rounds.measure({" | ".join(k): run for k, run in runs.items()}, options.rounds, pause=0.5)
     rows = []
     for library, title in runs:
         key, same = f"{library} | {title}", f"jaxlrp | {title}"

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 
-def measure(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def measure(runs: Mapping[str, Callable[[], Any]], rounds: int, pause: float = 0) -> dict[str, list[float]]:
     """Seconds of each run in each round, after one run to warm up; the order rotates from round to round.
 
-    A run returns arrays, which are waited for, or nothing.
+    A run returns arrays, which are waited for, or nothing. pause: seconds before each, for another library's threads
+    look for work for a while after its run.
     """
     for run in runs.values():
         jax.block_until_ready(run())
@@ -24,6 +25,7 @@ def measure(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     order = list(runs)
     for _ in range(rounds):
         for name in order:
+            time.sleep(pause)
             begun = time.perf_counter()
             jax.block_until_ready(runs[name]())
             seconds[name].append(time.perf_counter() - begun)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("passes", "cost", "sharing", "scaling", "tracing", "response", "flipping", "peers")
+NAMES = ("passes", "cost", "memory", "sharing", "scaling", "tracing", "response", "flipping", "peers")
 
 MORE = {"cost": ["--models", "vgg16", "resnet50", "efficientnet", "vit", "decoder", "cnn", "--batches", "1", "4", "16"]}
 
@@ -20,14 +20,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--innvestigate", metavar="PYTHON", help="for peers.py: an interpreter that has iNNvestigate")
     options = parser.parse_args()
+    more = {**MORE, "peers": ["--innvestigate", options.innvestigate] if options.innvestigate else []}
     options.out.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # apart: it would hold the device's memory
     device = subprocess.run(ask, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     for name in options.names:
         script, file = Path(__file__).with_name(f"{name}.py"), options.out / f"{name}-{device}"
-        command = [sys.executable, str(script), "--json", f"{file}.json", *MORE.get(name, [])]
+        command = [sys.executable, str(script), "--json", f"{file}.json", *more.get(name, [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             lines = []
             for line in process.stdout or ():

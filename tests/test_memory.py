@@ -1,5 +1,9 @@
 """What an explanation keeps from the forward pass, by XLA's own account of the compiled program."""
 
+import ast
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,3 +47,21 @@ def test_a_checkpoint_recomputes_instead_of_storing(composite):
     assert recomputed < 0.5 * kept
     assert INSIDE < dots < 0.7 * kept  # the products are saved, the activation between them is not
     assert recomputed < INSIDE
+
+
+def test_in_the_order_of_the_readme_nothing_is_computed_too_early():
+    """By default XLA for CPU computes z+ of all layers as soon as it can, and keeps it."""
+
+    def layers(windows, x):
+        spec = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 16}
+        for w in windows:
+            x = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", **spec)
+        return x.mean((1, 2))
+
+    (option,) = re.findall(
+        r'compiler_options=({".*"})', (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    )
+    shapes = [jax.ShapeDtypeStruct((3, 3, 1, 16), jnp.float32)] * 8, jax.ShapeDtypeStruct((4, 32, 32, 16), jnp.float32)
+    lowered = jax.jit(value_and_lrp(layers, composites.epsilon_plus(), 1)).lower(*shapes)
+    early, late = (lowered.compile(o).memory_analysis().temp_size_in_bytes for o in (None, ast.literal_eval(option)))
+    assert late < 0.6 * early

@@ -284,12 +284,12 @@ class Layer:
     def _core(self, x: jax.Array, kernel: Kernel) -> jax.Array:
         core, left = self._linear().core, self._linear().slot == 0
         if isinstance(kernel, Elementwise):
-            if left and passes.large(core) and passes.compiled():
+            if left and passes.large(core):
                 return passes.by_rows(core, x, *self._source(kernel))
             kernel = self._made(kernel)
         if left and passes.faster(core, transposed=False):
             return passes.by_taps(core, x, kernel)
-        if left and passes.rewritten(core) and passes.compiled():
+        if left and passes.channels_last(core):
             return passes.convolved(core, x, kernel)
         return self._own(x, kernel)
 
@@ -297,13 +297,13 @@ class Layer:
         """The transpose of `_core` in x, which is shaped like `entered`."""
         core, left = self._linear().core, self._linear().slot == 0
         if isinstance(kernel, Elementwise):
-            if left and passes.large(core) and passes.compiled():
+            if left and passes.large(core):
                 return passes.back_by_rows(core, s, *self._source(kernel))
             kernel = self._made(kernel)
         taps = left and passes.faster(core, transposed=True)
         if taps and passes.own_windows(core):
             return passes.back_by_taps(core, s, kernel)
-        if left and not taps and passes.rewritten(core) and passes.compiled():
+        if left and not taps and passes.channels_last(core):
             return passes.back_convolved(core, s, kernel)
         forward = partial(passes.by_taps, core) if taps else self._own
         (out,) = jax.linear_transpose(lambda x: forward(x, kernel), entered)(s)

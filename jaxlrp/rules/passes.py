@@ -68,6 +68,11 @@ def faster(core: Equation, transposed: bool) -> bool:
     return math.prod(window) <= 49 and (smaller or (wide and positions <= FEW[transposed]))
 
 
+def channels_last(core: Equation) -> bool:
+    """Whether this convolution is written with channels last. In a loop groups of channels are slower so."""
+    return rewritten(core) and core.params["feature_group_count"] == 1 and compiled()
+
+
 def _conv(core: Equation, x: jax.Array, kernel: jax.Array, **numbers: Any) -> jax.Array:
     """Of batch, positions, channels with window, in, out."""
     n = x.ndim - 2
@@ -184,7 +189,7 @@ def large(core: Equation) -> bool:
     x, kernel, out = (a.aval for a in (*core.inputs[:2], core.outputs[0]))
     sharded = any(s is not None for a in (x, kernel) for s in a.sharding.spec)
     plain = core.params["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
-    return plain and not sharded and kernel.size >= LARGE and out.size <= BLOCK
+    return plain and not sharded and kernel.size >= LARGE and out.size <= BLOCK and compiled()
 
 
 def _rows(kernel: jax.Array) -> tuple[int, int]:
