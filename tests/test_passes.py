@@ -83,7 +83,6 @@ def test_taps_are_the_convolution_and_its_transpose(conv, image, window):
         np.testing.assert_allclose(passes.back_by_taps(op.linear.core, r, w), pull(r)[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("case", CASES)
 def test_rules_do_not_depend_on_the_form(case, monkeypatch):
     conv, image, window = CASES[case]
