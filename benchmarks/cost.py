@@ -85,7 +85,7 @@ def prepare(name: str, apply: models.Apply, params: Any, x: jax.Array) -> tuple[
     if name == "forward":
         return jax.jit(apply), (params, x)
     if name == BASELINE:
-        return jax.jit(lambda p, x: jax.value_and_grad(lambda x: apply(p, x)[:, 0].sum())(x)), (params, x)
+        return jax.jit(models.gradient(apply)), (params, x)
     lrp = jax.jit(lambda c, p, x: jaxlrp.value_and_lrp(apply, c, argnums=1, target=0)(p, x))
     return lrp, (COMPOSITES[name](), params, x)
 

@@ -43,11 +43,9 @@ def main() -> None:
     print(f"{'':42}{'default MiB':>12}{'ratio':>7}{'memory MiB':>12}{'ratio':>7}{'time':>7}")
     for name in options.models:
         apply, params, shape = models.build(name)
-
-        def gradient(p: Any, x: jax.Array, apply: models.Apply = apply) -> Any:
-            return jax.value_and_grad(lambda x: apply(p, x)[:, 0].sum())(x)
-
-        functions = {BASE: gradient} | {c: jaxlrp.value_and_lrp(apply, f(), 1, 0) for c, f in COMPOSITES.items()}
+        functions = {BASE: models.gradient(apply)} | {
+            c: jaxlrp.value_and_lrp(apply, f(), 1, 0) for c, f in COMPOSITES.items()
+        }
         for batch in options.batches:
             x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((batch, *shape), np.float32).clip(-3, 3))
             base: dict[str, float] = {}

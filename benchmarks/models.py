@@ -123,3 +123,8 @@ def build(name: str, size: int = 224) -> tuple[Apply, Any, tuple[int, ...]]:
         return cast(jax.Array, model.apply(params, x))
 
     return apply, randomise(shapes), input_shape
+
+
+def gradient(apply: Apply, target: int = 0) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
+    """What explanations are measured by: value and gradient of one class's logit with respect to the input."""
+    return lambda params, x: jax.value_and_grad(lambda x: apply(params, x)[:, target].sum())(x)

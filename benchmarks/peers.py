@@ -5,6 +5,7 @@
 VGG-16, ResNet-50, EfficientNet-Lite0, ViT-B/16 and a decoder of GPT-2's size with random weights. Everything explains
 the same class of every image of the batch, round by round in one process (lxt, which patches PyTorch, in one of its
 own): jaxlrp compiled, on all cores; the libraries with each number of threads of `--threads`, of which the best counts.
+Half a second passes before each run, as the threads of the library that ran last keep looking for work for a while.
 `own gradient` is that framework's value and gradient of the explained logits with respect to the input (of TensorFlow
 the gradient alone, by iNNvestigate). A library that
 is not installed, or that cannot explain a network, is named with the reason. iNNvestigate needs other versions of what
@@ -49,7 +50,7 @@ TRANSFORMERS = ("attnlrp", "cp_lrp")
 def of_jaxlrp(name: str, x: np.ndarray, chosen: list[str]) -> Runs:
     apply, params, _ = models.build(name)
     given = jnp.asarray(x)
-    gradient = jax.jit(lambda p, x: jax.value_and_grad(lambda x: apply(p, x)[:, TARGET].sum())(x))
+    gradient = jax.jit(models.gradient(apply, TARGET))
     runs: Runs = {("jaxlrp", "own gradient"): lambda: gradient(params, given)}
     for title in chosen:
         explain = jax.jit(lambda c, p, x: jaxlrp.value_and_lrp(apply, c, argnums=1, target=TARGET)(p, x))

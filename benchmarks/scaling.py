@@ -54,11 +54,7 @@ def main() -> None:
         for what, n, model, batch, size in cases:
             x = jnp.asarray(np.random.default_rng(0).standard_normal((batch, size, size, 3), np.float32))
             params = models.randomise(jax.eval_shape(model.init, jax.random.key(0), x))
-
-            def gradient(params: Any, x: jax.Array, model: Any = model) -> Any:
-                return jax.value_and_grad(lambda x: model.apply(params, x)[:, 0].sum())(x)
-
-            runs = {BASE: lambda f=jax.jit(gradient), a=(params, x): f(*a)}  # noqa: B008
+            runs = {BASE: lambda f=jax.jit(models.gradient(model.apply)), a=(params, x): f(*a)}  # noqa: B008
             for name in chosen:
                 explain = jax.jit(jaxlrp.value_and_lrp(model.apply, getattr(composites, name)(), 1, 0))
                 runs[name] = lambda f=explain, a=(params, x): f(*a)

@@ -93,9 +93,8 @@ class Rule:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "propagate" in vars(cls) and "proportional" not in vars(
-            cls
-        ):  # what the base says of its own is not said of it
+        # what the base says of its own is not said of it
+        if "propagate" in vars(cls) and "proportional" not in vars(cls):
             cls.proportional = Rule.proportional  # type: ignore[method-assign]
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
