@@ -1,4 +1,4 @@
-"""A small sweep, run in processes of its own by test_sweep.py: python tests/sweeping.py '{"folder": ...}'.
+"""A small sweep, run in processes of its own by test_sweep_processes.py: python tests/sweeping.py '{"folder": ...}'.
 
 It sets what has to be set before JAX starts (devices, processes), and can be told to kill itself within a write.
 """
