@@ -1,8 +1,8 @@
 """Control flow whose body is more than a chain of layers: other forms of one recurrence, nests, names inside bodies.
 
 Loops against the unrolled network are in test_interpret_loops.py, wrappers against none in test_interpret_wrappers.py,
-`vmap` against batches in test_interpret_transforms.py, recurrent nets in test_recurrent.py, `shard_map` in the files
-test_shard_map_*.py.
+`vmap` against batches in test_interpret_transforms.py, recurrent nets in test_recurrent_cells.py, `shard_map` in the
+files test_shard_map_*.py.
 """
 
 from functools import cache, partial
