@@ -22,8 +22,8 @@ import transformers
 import hf_models
 from jaxlrp import composites, plan, value_and_lrp
 from jaxlrp.evaluate import conservation
+from ledgers import closes
 from nets import close, quick_compilation, same  # noqa: F401
-from test_ledger import closes
 
 COMPOSITE = composites.attnlrp()
 
