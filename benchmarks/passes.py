@@ -2,10 +2,10 @@
 
     python benchmarks/passes.py --json passes.json       # jaxlrp installed, or PYTHONPATH=.
 
-Three tables. Convolutions and their transposes by taps; at the end of a line, where jaxlrp takes those. Transposed
-convolutions with channels last, alone and of eight images one after another in the body of a loop. A dense layer's
-positive part by rows: z+ forward and back in one program, for several numbers of examples. Images are images x height x
-width x channels; then window, outputs, stride; `own`: depthwise, `groups`: 32 of them.
+Four tables. Convolutions and their transposes by taps; at the end of a line, where jaxlrp takes those. Transposed
+convolutions with channels last, alone and of eight images one after another in the body of a loop. Max-pooling and its
+derivative by slices. A dense layer's positive part by rows: z+ forward and back in one program, for several numbers of
+examples. Images are images x height x width x channels; then window, outputs, stride; `own`: depthwise, `groups`: 32.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,12 @@ TAPS = [
 LAST = [
     *((1, n, c, c, 3, s, g) for n, c, s, g in ((112, 64, 1, 1), (56, 128, 1, 1), (56, 128, 2, 1), (56, 128, 1, 32))),
     (1, 224, 3, 64, 7, 2, 1),
+]
+# images, size, channels, window, stride
+POOLS = [
+    *((1, n, c, 2, 2) for n, c in ((224, 64), (112, 128), (28, 512))),
+    *((n, 112, 64, 3, 2) for n in (1, 8)),
+    *((1, n, 256, w, 1) for n, w in ((56, 3), (28, 5), (28, 7), (28, 9))),
 ]
 DENSE = [(n, *shape) for shape in ((25088, 4096), (4096, 4096), (4096, 11008)) for n in (1, 16, 64, 256)]
 
@@ -107,6 +114,22 @@ def of_last(*shape: int) -> tuple[str, dict[str, Callable], str]:
     )
 
 
+def of_pools(images: int, size: int, channels: int, window: int, stride: int) -> tuple[str, dict[str, Callable], str]:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((images, size, size, channels), np.float32)).clip(0)
+    pool = partial(nn.max_pool, window_shape=(window, window), strides=(stride, stride), padding="SAME")
+    core = core_of(pool, x)
+    r = jnp.asarray(rng.standard_normal(pool(x).shape, np.float32))
+    runs = {
+        "xla": partial(jax.jit(lambda x: pool(x)), x),
+        "slices": partial(jax.jit(partial(passes.extremes, core)), x),
+        "xla^T": partial(jax.jit(lambda x, r: jax.vjp(pool, x)[1](r)), x, r),
+        "slices^T": partial(jax.jit(partial(passes.back_extremes, core)), x, r),
+    }
+    title = f"{images}x{size}x{size}x{channels}, {window}x{window}, {stride}"
+    return title, runs, "taken" if passes.windowed(core) else "-"
+
+
 def of_dense(examples: int, inputs: int, outputs: int) -> tuple[str, dict[str, Callable], str]:
     rng = np.random.default_rng(0)
     x, r = (jnp.asarray(rng.uniform(0.1, 1, (examples, n)).astype(np.float32)) for n in (inputs, outputs))
@@ -131,6 +154,7 @@ def of_dense(examples: int, inputs: int, outputs: int) -> tuple[str, dict[str, C
 TABLES: dict[str, tuple[Callable[..., tuple[str, dict[str, Callable], str]], list[Any]]] = {
     "taps": (of_taps, TAPS),
     "channels last": (of_last, LAST),
+    "max-pooling": (of_pools, POOLS),
     "dense": (of_dense, DENSE),
 }
 
@@ -138,10 +162,12 @@ TABLES: dict[str, tuple[Callable[..., tuple[str, dict[str, Callable], str]], lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=TABLES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = rounds.record("passes.py") | {"tables": {}}
-    for name, (make, shapes) in TABLES.items():
+    for name in options.tables:
+        make, shapes = TABLES[name]
         rows = report["tables"][name] = []
         for shape in shapes:
             title, runs, note = make(*shape)

@@ -18,7 +18,7 @@ from .composites import Composite
 from .errors import InputError, SelectorError, TargetError
 from .interpret import Interpreter, Settings, around, device_counts, lead
 from .program import Atom, Body, Constant, Op, leaves
-from .rules import Gradient, Layer, Rule, broadcasts
+from .rules import Gradient, Layer, Rule, broadcasts, passes
 from .select import Selector
 from .silence import rectified
 from .tokens import carrier_of, carrying
@@ -30,14 +30,14 @@ Target = Any  # None | int | integer array | callable
 def chosen_rules(ops: Sequence[Op], rules: Sequence[Rule], watched: Collection[int] = ()) -> dict[int, Rule]:
     """The rules of the Ops that need a custom derivative, or are watched.
 
-    What moves values, what blocks, and what the gradient was asked for is left to JAX.
+    What moves values, what blocks, and what the gradient was asked for is left to JAX, unless the derivative is slow.
     """
-    kept = ("structural", "blocked")
-    return {
-        i: r
-        for i, (op, r) in enumerate(zip(ops, rules, strict=True))
-        if i in watched or (op.kind not in kept and type(r) is not Gradient)
-    }
+
+    def left(op: Op, rule: Rule) -> bool:
+        slow = any(map(passes.slow, leaves(op.steps)))
+        return op.kind in ("structural", "blocked") or (type(rule) is Gradient and not slow)
+
+    return {i: r for i, (op, r) in enumerate(zip(ops, rules, strict=True)) if i in watched or not left(op, r)}
 
 
 def _arrived(layer: Layer, rule: Rule, relevance: jax.Array, received: Sequence[jax.Array]) -> jax.Array:

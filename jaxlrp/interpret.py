@@ -1,8 +1,9 @@
 """Body x rules -> function: evaluates the program with every Op replaced by a `jax.custom_vjp`.
 
-The forward pass of an Op is its own equations, the backward pass its rule: the cotangent is the relevance. Loops and
-wrappers are applied again by JAX's public functions around their interpreted bodies, so JAX's own reverse mode carries
-relevance through them. Nothing here knows LRP.
+The forward pass of an Op is its own equations, some in the form of `rules.passes`, so that the value of a compiled
+program may differ by rounding; the backward pass is its rule: the cotangent is the relevance. Loops and wrappers are
+applied again by JAX's public functions around their interpreted bodies, so JAX's own reverse mode carries relevance
+through them. Nothing here knows LRP.
 
 A probe is a dummy input of an Op whose cotangent is a report of what the rule saw; under scan there is one per
 iteration. A mask multiplies the relevance that arrives at an Op's output. Both cost nothing where none is given.
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from . import _compat
 from .errors import InputError
 from .program import Atom, Body, Constant, Equation, Group, Loop, Op, Step, Value
-from .rules import Layer, Rule, summed
+from .rules import Layer, Rule, passes, summed
 from .tokens import Token, evaluate, plain, tokenise
 
 Env = dict[Atom, Any]
@@ -284,7 +285,10 @@ def apply(
     def evaluate(rule: Rule, inputs: list[Any], params: list[Any], probe: Any, mask: Any) -> Any:
         env: Env = dict(zip((*op.inputs, *op.params), (*map(plain, inputs), *params), strict=True))
         for e in op.steps:
-            _evaluate(e, env)
+            if (written := passes.written(e)) is not None:
+                env[e.outputs[0]] = written(*(_read(env, a) for a in e.inputs))
+            else:
+                _evaluate(e, env)
         return env[op.output]
 
     probed = probe is not None

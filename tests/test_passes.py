@@ -1,4 +1,4 @@
-"""Convolutions written anew are the same convolutions; products of their taps are chosen where they are faster."""
+"""Passes written anew are the same passes: convolutions by taps, where those are faster, and maxima by slices."""
 
 import re
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlrp import Composite, lrp, rules, select
+from jaxlrp import Composite, lrp, rewrite, rules, select
 from jaxlrp.analysis import analyse
 from jaxlrp.rules import passes
 
@@ -122,6 +122,90 @@ def test_where_taps_are_faster(image, window, groups, forward, transposed):
         primitive, params, inputs, outputs = core.primitive, core.params, core.invars, core.outvars
 
     assert (passes.faster(Core, False), passes.faster(Core, True)) == (forward, transposed)
+
+
+def test_a_compiled_value_takes_the_faster_form_and_an_eager_one_that_of_the_model():
+    """A depthwise convolution takes XLA ten times as long as its taps; in half precision taps would round each sum."""
+    conv, image, window = CASES["depthwise"]
+    x, w = jnp.float32(draw(1, *image)), jnp.float32(draw(2, *window))
+    composite = Composite([(select.everything(), rules.Epsilon())])
+
+    def convolutions(f, *args):
+        return str(jax.make_jaxpr(f)(*args)).count("conv_general_dilated")
+
+    for dtype, kept in ((jnp.float32, 0), (jnp.float64, 0), (jnp.bfloat16, 1), (jnp.float16, 1)):
+        explained = rewrite(lambda x, w: jnp.tanh(conv(x, w)), composite)
+        assert convolutions(explained, x.astype(dtype), w.astype(dtype)) == kept, dtype
+    np.testing.assert_array_equal(explained(x, w), jnp.tanh(conv(x, w)))
+    np.testing.assert_allclose(jax.jit(explained)(x, w), jnp.tanh(conv(x, w)), rtol=0, atol=1e-6)
+    for case, kept in (("smaller than its window", 0), ("one wide", 1), ("plain", 1)):  # not where little is gained
+        conv, image, window = CASES[case]
+        explained = rewrite(lambda x, w, conv=conv: conv(x, w), composite)
+        assert convolutions(explained, jnp.float32(draw(1, *image)), jnp.float32(draw(2, *window))) == kept, case
+
+
+def pooling(better, start, size, strides, padding, spread=1, apart=1):
+    def pool(x):
+        ones = (1,) * (x.ndim - 1 - len(size))
+        wide, steps = ((1, *n, *ones) for n in (size, strides))
+        edges = padding if isinstance(padding, str) else ((0, 0), *padding, *((0, 0) for _ in ones))
+        spreads = {
+            "base_dilation": (1, *(spread for _ in size), *ones),
+            "window_dilation": (1, *(apart for _ in size), *ones),
+        }
+        return lax.reduce_window(x, start, better, wide, steps, edges, **spreads)
+
+    return pool
+
+
+POOLS = {
+    "halves": (pooling(lax.max, -np.inf, (2, 2), (2, 2), "VALID"), (2, 8, 6, 3)),
+    "overlapping": (pooling(lax.max, -np.inf, (3, 3), (2, 2), ((1, 1), (1, 1))), (2, 8, 7, 3)),
+    "in place": (pooling(lax.max, -np.inf, (3, 3), (1, 1), "SAME"), (2, 5, 6, 3)),
+    "gaps between windows": (pooling(lax.max, -np.inf, (2, 1), (3, 2), ((0, 2), (1, 0))), (2, 8, 7, 3)),
+    "zeros between": (pooling(lax.max, -np.inf, (2, 3), (1, 2), ((1, 1), (0, 2)), spread=2), (2, 5, 6, 3)),
+    "minima": (pooling(lax.min, np.inf, (3, 2), (2, 2), "SAME"), (2, 8, 7, 3)),
+    "a line": (pooling(lax.max, -np.inf, (4,), (2,), "SAME"), (2, 9, 3)),
+    "a volume": (pooling(lax.max, -np.inf, (2, 2, 1), (2, 1, 1), "SAME"), (2, 4, 5, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 1000], ids=["ties", "no ties"])
+@pytest.mark.parametrize("pool, image", POOLS.values(), ids=POOLS)
+def test_slices_are_the_maxima_and_their_derivative(pool, image, steps):
+    """Of several elements that are the largest the first one, in the order of the window, as JAX has it."""
+    x = jnp.round(steps * draw(1, *image))
+    (op,) = analyse(pool, (x,), {}, 0)[1].ops()
+    (e,) = op.steps
+    assert passes.windowed(e)
+    value, pull = jax.vjp(pool, x)
+    np.testing.assert_array_equal(passes.extremes(e, x), value)
+    r = draw(2, *value.shape)
+    np.testing.assert_allclose(passes.back_extremes(e, x, r), pull(r)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("rule", [rules.Winner(), rules.Gradient()], ids=["Winner", "Gradient"])
+def test_maxima_are_explained_without_the_derivative_that_xla_has(rule, monkeypatch):
+    pool, image = POOLS["overlapping"]
+    x, composite = draw(1, *image), Composite([(select.everything(), rule)])
+    explain = lrp(pool, composite)
+    assert "select_and" not in str(jax.make_jaxpr(explain)(x))
+    found = jax.jit(explain)(x), jax.jit(jax.vmap(explain))(x[:, None])[:, 0], explain(x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    explain = lrp(lambda x: pool(x), composite)  # a new function, for the program of the old one is known
+    assert "select_and" in str(jax.make_jaxpr(explain)(x))
+    for relevance in found:
+        np.testing.assert_allclose(relevance, explain(x), rtol=0, atol=1e-12)
+
+
+def test_windows_of_many_places_stay_as_they_are():
+    for places, written in ((128, True), (129, False)):
+        pool = pooling(lax.max, -np.inf, (places,), (1,), "SAME")
+        (op,) = analyse(pool, (draw(1, 2, 200, 1),), {}, 0)[1].ops()
+        assert passes.windowed(op.steps[0]) == written
+        relevance = jax.jit(lrp(pool, Composite([(select.everything(), rules.Winner())])))(draw(1, 2, 200, 1))
+        np.testing.assert_allclose(relevance.sum(), pool(draw(1, 2, 200, 1)).sum(), rtol=1e-12)
 
 
 def test_an_image_without_a_whole_window():

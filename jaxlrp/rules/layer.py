@@ -242,6 +242,9 @@ class Layer:
     def pull(self, s: jax.Array) -> tuple[jax.Array, ...]:
         """The transpose of the layer's derivative: sum_k s_k dz_k / da_j for each data input."""
         if self.op.linear is None:
+            steps = leaves(self.op.steps)
+            if len(steps) == 1 and passes.windowed(steps[0]):
+                return (passes.back_extremes(steps[0], self.inputs[0], s),)
             return jax.vjp(self.apply, *self.inputs)[1](s)
         linear = self.op.linear
 

@@ -1,4 +1,4 @@
-"""How the passes of a rule through a layer are written where XLA's own are slow: on CPU.
+"""How the passes through a layer, a rule's and the network's own, are written where XLA's are slow: on CPU.
 
 By taps: sum_t x_t W_t over the places t of the window, x_t the strided slice of x that t reads. XLA's convolutions are
 slow where the window is one element wide, where each channel has a window of its own, where the image is small beside
@@ -8,17 +8,22 @@ window. A pass is written as matrix products or, channel by channel, as sums of 
 With channels last: in the body of a loop XLA computes convolutions of other layouts, which all transposed ones have, by
 a plain loop over numbers. Outside of loops it puts channels last itself.
 
+By slices: the largest element of each window is a maximum of strided slices, and relevance goes back to the slice it
+came from; XLA's derivative, which compares pairs of numbers and places, takes up to ten times as long.
+
 By rows: of a large dense kernel a rule's own, its positive part say, is made and used a few rows at a time, which
 stay in the cache; whole it would be written to new memory and read again, at several times the cost of the product.
 
-benchmarks/passes.py measures all forms; other platforms keep their own. The last two are for programs that are compiled
-whole: an eager call has no loops, and would compile one each time.
+benchmarks/passes.py measures all forms; other platforms keep their own. Channels last and rows are for programs that
+are compiled whole: an eager call has no loops, and would compile one each time. So are the values by taps: a compiled
+program sums in an order of its own, an eager call in the one that is written.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -31,7 +36,11 @@ from ..program import Equation
 
 WIDE = 2**16  # inputs x outputs of a kernel that costs time to move
 LARGE, BLOCK = 2**22, 2**20  # elements of a dense kernel that does not stay in the cache, and of what does
+MANY = 128  # places of a window, of which each becomes equations of its own
 FEW = {False: 64, True: 1024}  # positions of an image that is small beside it: forward, transposed
+
+_WIDE = (np.float32, np.float64)
+_EXTREMES = {p.reduce_window_max_p: (jnp.maximum, -np.inf), p.reduce_window_min_p: (jnp.minimum, np.inf)}
 
 
 def rewritten(core: Equation) -> bool:
@@ -61,11 +70,17 @@ def faster(core: Equation, transposed: bool) -> bool:
     window = [kernel.shape[i] for i in kernels[2:]]
     groups, channels = params["feature_group_count"], x.shape[images[1]]
     if groups > 1 or math.prod(window) == 1:
-        return groups in (1, channels) and math.prod(window) <= 128
-    smaller = any(x.shape[i] < n for i, n in zip(images[2:], window, strict=True))
+        return groups in (1, channels) and math.prod(window) <= MANY
     positions = math.prod(out.shape) / kernel.shape[kernels[0]]
     wide = channels * kernel.shape[kernels[0]] >= WIDE
-    return math.prod(window) <= 49 and (smaller or (wide and positions <= FEW[transposed]))
+    return math.prod(window) <= 49 and (_smaller(core) or (wide and positions <= FEW[transposed]))
+
+
+def _smaller(core: Equation) -> bool:
+    """Whether the image of a convolution is smaller than its window."""
+    x, kernel = (a.aval for a in core.inputs)
+    images, kernels, _ = core.params["dimension_numbers"]
+    return any(x.shape[i] < kernel.shape[j] for i, j in zip(images[2:], kernels[2:], strict=True))
 
 
 def channels_last(core: Equation) -> bool:
@@ -150,6 +165,29 @@ def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return total.transpose(np.argsort((outputs[0], *outputs[2:], outputs[1])))
 
 
+def written(e: Equation) -> Callable[..., jax.Array] | None:
+    """How the network's own forward pass computes this equation of a layer; None where as it stands.
+
+    Maxima are the same bit for bit. Convolutions are to rounding, and are left alone in half precision, where that
+    would show, and where taps gain little for the memory that they take.
+    """
+    if not compiled():
+        return None
+    if windowed(e):
+        return partial(extremes, e)
+    gains = faster(e, transposed=False) and _in_full(e) and (own_windows(e) or _smaller(e))
+    return partial(by_taps, e) if gains else None
+
+
+def slow(e: Equation) -> bool:
+    """Whether the derivative that JAX has of this equation is slower than what is written here."""
+    return windowed(e) or (faster(e, transposed=True) and _in_full(e))
+
+
+def _in_full(e: Equation) -> bool:
+    return all(a.aval.dtype in _WIDE for a in (*e.inputs, *e.outputs))
+
+
 def own_windows(core: Equation) -> bool:
     """Whether each channel has windows of its own, in a convolution that `faster` names."""
     return core.primitive is p.conv_general_dilated_p and core.params["feature_group_count"] > 1
@@ -177,6 +215,48 @@ def back_by_taps(core: Equation, r: jax.Array, kernel: jax.Array) -> jax.Array:
     total = sum(taps[1:], taps[0])
     total = total.reshape(*total.shape[:-1], channels, -1).sum(-1)
     return total.transpose(np.argsort((images[0], *images[2:], images[1])))
+
+
+def windowed(e: Equation) -> bool:
+    """Whether this is the largest, or the smallest, element of windows that is taken from slices."""
+    if e.primitive not in _EXTREMES or jax.default_backend() != "cpu":
+        return False
+    (x,) = (a.aval for a in e.inputs)
+    sharded = any(s is not None for s in x.sharding.spec)
+    few = math.prod(e.params["window_dimensions"]) <= MANY
+    return few and not sharded and jnp.issubdtype(x.dtype, np.floating)
+
+
+def slices(e: Equation, x: jax.Array, edge: float) -> list[jax.Array]:
+    """The elements of all windows of an equation, an array for each place of the window; `edge` stands in padding."""
+    size, stride, dilation = (e.params[k] for k in ("window_dimensions", "window_strides", "window_dilation"))
+    edges = zip(e.params["padding"], e.params["base_dilation"], strict=True)
+    padded = lax.pad(x, jnp.asarray(edge, x.dtype), [(low, high, base - 1) for (low, high), base in edges])
+    shape = e.outputs[0].aval.shape
+    taken = []
+    for offset in np.ndindex(*size):
+        start = [o * d for o, d in zip(offset, dilation, strict=True)]
+        stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, shape, stride, strict=True)]
+        taken.append(lax.slice(padded, start, stop, stride))
+    return taken
+
+
+def extremes(e: Equation, x: jax.Array) -> jax.Array:
+    """The value of an equation that `windowed` names."""
+    better, edge = _EXTREMES[e.primitive]
+    return reduce(better, slices(e, x, edge))
+
+
+def back_extremes(e: Equation, x: jax.Array, r: jax.Array) -> jax.Array:
+    """Its transposed derivative at x: what a window received goes to the first of its elements that is the extreme."""
+    better, edge = _EXTREMES[e.primitive]
+    parts, pull = jax.vjp(lambda x: slices(e, x, edge), x)
+    best = reduce(better, parts)
+    first = jnp.full(best.shape, -1)
+    for i, part in reversed([*enumerate(parts)]):
+        first = jnp.where(part == best, i, first)
+    (received,) = pull([jnp.where(first == i, r, 0) for i in range(len(parts))])
+    return received
 
 
 def large(core: Equation) -> bool:

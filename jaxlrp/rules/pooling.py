@@ -12,6 +12,7 @@ from jax.extend.core import primitives as p
 
 from ..program import Equation, leaves
 from ..single import reducer
+from . import passes
 from .arithmetic import divide
 from .base import Rule, check_choice, rule
 from .layer import Layer
@@ -53,8 +54,7 @@ class Winner(Rule):
         differentiable = windowed and not dilated and not started
         if not windowed and e.primitive not in _OVER_AXES or differentiable and self.ties == "first":
             # the derivative of a window is its first winner, of two values half each on ties, of logsumexp a softmax
-            _, pull = jax.vjp(layer.apply, *layer.inputs)
-            return pull(relevance)
+            return layer.pull(relevance)
         elements, pull = jax.vjp(lambda x: windows(e, x), layer.inputs[0])
         shape = elements.shape[1:]
         wins = elements == layer.output.reshape(shape)
@@ -130,19 +130,9 @@ def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:
         kept = [i for i in range(x.ndim) if i not in axes]
         flat = x.transpose(*axes, *kept)
         return flat.reshape(-1, *flat.shape[len(axes) :])
-    size, stride, dilation = (e.params[k] for k in ("window_dimensions", "window_strides", "window_dilation"))
     smallest = e.primitive in _MINIMA or e.primitive in _FROM_A_START and reducer(e) is p.min_p
     edge = fill if fill is not None else (np.inf if smallest else -np.inf)
-    edges = zip(e.params["padding"], e.params["base_dilation"], strict=True)
-    pads = [(low, high, base - 1) for (low, high), base in edges]
-    padded = jax.lax.pad(x, jnp.asarray(edge, x.dtype), pads)
-    shape = e.outputs[0].aval.shape
-    taken = []
-    for offset in np.ndindex(*size):
-        start = [o * d for o, d in zip(offset, dilation, strict=True)]
-        stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, shape, stride, strict=True)]
-        taken.append(jax.lax.slice(padded, start, stop, stride))
-    return jnp.stack(taken)
+    return jnp.stack(passes.slices(e, x, edge))
 
 
 def _to_records(e: Equation, y: jax.Array, relevance: jax.Array) -> jax.Array:
