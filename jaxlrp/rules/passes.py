@@ -248,14 +248,17 @@ def extremes(e: Equation, x: jax.Array) -> jax.Array:
 
 
 def back_extremes(e: Equation, x: jax.Array, r: jax.Array) -> jax.Array:
-    """Its transposed derivative at x: what a window received goes to the first of its elements that is the extreme."""
+    """Its transposed derivative at x: what a window received goes to the first of its elements that is the extreme.
+
+    One place wins however x is rounded. XLA may compute x anew for each slice, so that none need equal their maximum.
+    """
     better, edge = _EXTREMES[e.primitive]
     parts, pull = jax.vjp(lambda x: slices(e, x, edge), x)
-    best = reduce(better, parts)
-    first = jnp.full(best.shape, -1)
-    for i, part in reversed([*enumerate(parts)]):
-        first = jnp.where(part == best, i, first)
-    (received,) = pull([jnp.where(first == i, r, 0) for i in range(len(parts))])
+    best, winner = parts[0], jnp.zeros(parts[0].shape, jnp.int8)
+    for i, part in enumerate(parts[1:], 1):
+        winner = jnp.where(part > best if better is jnp.maximum else part < best, jnp.int8(i), winner)
+        best = better(best, part)
+    (received,) = pull([jnp.where(winner == i, r, 0) for i in range(len(parts))])
     return received
 
 

@@ -57,9 +57,14 @@ class Winner(Rule):
             return layer.pull(relevance)
         elements, pull = jax.vjp(lambda x: windows(e, x), layer.inputs[0])
         shape = elements.shape[1:]
-        wins = elements == layer.output.reshape(shape)
-        if self.ties == "first":
-            wins &= jnp.cumsum(wins, 0) == 1
+        # one place wins however x is rounded: XLA may compute it anew here, and no element need equal the output then
+        best = jnp.argmin(elements, 0) if _smallest(e) else jnp.argmax(elements, 0)
+        wins = jnp.expand_dims(jnp.arange(len(elements)), range(1, elements.ndim)) == best
+        output = layer.output.reshape(shape)
+        if self.ties == "split":
+            wins |= elements == output
+        if started:
+            wins &= (elements == output).any(0)
         received = pull(wins * divide(relevance.reshape(shape), wins.sum(0).astype(relevance.dtype)))
         layer.book("ended", lambda: jnp.where(wins.any(0), 0, relevance.reshape(shape)))
         return received
@@ -130,9 +135,13 @@ def windows(e: Equation, x: jax.Array, fill: float | None = None) -> jax.Array:
         kept = [i for i in range(x.ndim) if i not in axes]
         flat = x.transpose(*axes, *kept)
         return flat.reshape(-1, *flat.shape[len(axes) :])
-    smallest = e.primitive in _MINIMA or e.primitive in _FROM_A_START and reducer(e) is p.min_p
-    edge = fill if fill is not None else (np.inf if smallest else -np.inf)
+    edge = fill if fill is not None else (np.inf if _smallest(e) else -np.inf)
     return jnp.stack(passes.slices(e, x, edge))
+
+
+def _smallest(e: Equation) -> bool:
+    """Whether the winner is the smallest element."""
+    return e.primitive in _MINIMA or e.primitive in _FROM_A_START and reducer(e) is p.min_p
 
 
 def _to_records(e: Equation, y: jax.Array, relevance: jax.Array) -> jax.Array:
