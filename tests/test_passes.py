@@ -43,6 +43,7 @@ CASES = {
     "depthwise, two each": (convolution(IMAGES, (1, 1), "SAME", None, 3), (2, 7, 6, 3), (3, 3, 1, 6)),
     "groups": (convolution(IMAGES, (2, 1), ((1, 2), (-1, 3)), (1, 2), 2), (2, 7, 8, 6), (3, 2, 3, 10)),
     "smaller than its window": (convolution(IMAGES, (1, 1), "SAME"), (2, 2, 2, 3), (3, 3, 3, 4)),
+    "side by side": (convolution(("NHWC", "OIHW", "NCHW"), (3, 2), "VALID"), (2, 6, 8, 3), (4, 3, 3, 2)),
     "a line": (convolution(("NWC", "WIO", "NWC"), (2,), "SAME"), (2, 9, 3), (4, 3, 5)),
     "a volume": (convolution(("NDHWC", "DHWIO", "NDHWC"), (1, 2, 1), "SAME"), (2, 3, 4, 5, 2), (2, 3, 2, 2, 3)),
 }
@@ -99,22 +100,24 @@ def test_rules_do_not_depend_on_the_form(case, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "image, window, groups, forward, transposed",
+    "image, window, stride, groups, forward, transposed",
     [
-        ((1, 28, 28, 64), (1, 1, 64, 8), 1, True, True),  # one wide
-        ((1, 28, 28, 64), (3, 3, 1, 64), 64, True, True),  # depthwise
-        ((1, 28, 28, 64), (3, 3, 2, 64), 32, False, False),  # other groups
-        ((1, 28, 28, 64), (3, 3, 64, 64), 1, False, False),
-        ((1, 28, 28, 256), (3, 3, 256, 256), 1, False, True),  # the kernel costs time to turn
-        ((1, 14, 14, 256), (3, 3, 256, 256), 1, False, True),
-        ((1, 7, 7, 256), (3, 3, 256, 256), 1, True, True),
-        ((16, 28, 28, 256), (3, 3, 256, 256), 1, False, False),
-        ((16, 2, 2, 8), (3, 3, 8, 8), 1, True, True),  # smaller than its window
-        ((1, 28, 28, 3), (9, 9, 3, 3), 1, False, False),
+        ((1, 28, 28, 64), (1, 1, 64, 8), 1, 1, True, True),  # one wide
+        ((1, 28, 28, 64), (3, 3, 1, 64), 1, 64, True, True),  # depthwise
+        ((1, 28, 28, 64), (3, 3, 2, 64), 1, 32, False, False),  # other groups
+        ((1, 28, 28, 64), (3, 3, 64, 64), 1, 1, False, False),
+        ((1, 28, 28, 256), (3, 3, 256, 256), 1, 1, False, True),  # the kernel costs time to turn
+        ((1, 14, 14, 256), (3, 3, 256, 256), 1, 1, False, True),
+        ((1, 7, 7, 256), (3, 3, 256, 256), 1, 1, True, True),
+        ((16, 28, 28, 256), (3, 3, 256, 256), 1, 1, False, False),
+        ((16, 2, 2, 8), (3, 3, 8, 8), 1, 1, True, True),  # smaller than its window
+        ((1, 28, 28, 3), (9, 9, 3, 3), 1, 1, False, False),
+        ((1, 28, 28, 3), (4, 4, 3, 8), 4, 1, True, True),  # side by side
+        ((1, 27, 27, 3), (4, 4, 3, 8), 4, 1, False, False),
     ],
 )
-def test_where_taps_are_faster(image, window, groups, forward, transposed):
-    conv = convolution(IMAGES, (1, 1), "SAME", None, groups)
+def test_where_taps_are_faster(image, window, stride, groups, forward, transposed):
+    conv = convolution(IMAGES, (stride, stride), "SAME", None, groups)
     shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (image, window))
     core = jax.make_jaxpr(conv)(*shapes).eqns[0]
 

@@ -2,8 +2,9 @@
 
 By taps: sum_t x_t W_t over the places t of the window, x_t the strided slice of x that t reads. XLA's convolutions are
 slow where the window is one element wide, where each channel has a window of its own, where the image is small beside
-its kernel (which the transposed convolution reverses and transposes in memory first), and where it is smaller than its
-window. A pass is written as matrix products or, channel by channel, as sums of products there.
+its kernel (which the transposed convolution reverses and transposes in memory first), where it is smaller than its
+window, and where windows lie side by side (one product for all taps). A pass is written as matrix products or, channel
+by channel, as sums of products there.
 
 With channels last: in the body of a loop XLA computes convolutions of other layouts, which all transposed ones have, by
 a plain loop over numbers. Outside of loops it puts channels last itself.
@@ -71,9 +72,21 @@ def faster(core: Equation, transposed: bool) -> bool:
     groups, channels = params["feature_group_count"], x.shape[images[1]]
     if groups > 1 or math.prod(window) == 1:
         return groups in (1, channels) and math.prod(window) <= MANY
+    if patched(core):
+        return True
     positions = math.prod(out.shape) / kernel.shape[kernels[0]]
     wide = channels * kernel.shape[kernels[0]] >= WIDE
     return math.prod(window) <= 49 and (_smaller(core) or (wide and positions <= FEW[transposed]))
+
+
+def patched(core: Equation) -> bool:
+    """Whether the windows of a convolution lie side by side and fill the image, as a vision transformer's do."""
+    params, (x, kernel) = core.params, (a.aval for a in core.inputs)
+    images, kernels, _ = params["dimension_numbers"]
+    window = tuple(kernel.shape[i] for i in kernels[2:])
+    full = all(x.shape[i] % n == 0 for i, n in zip(images[2:], window, strict=True))
+    alone = params["feature_group_count"] == 1 and all(d == 1 for d in params["rhs_dilation"])
+    return full and alone and params["window_strides"] == window and not np.any(params["padding"])
 
 
 def _smaller(core: Equation) -> bool:
@@ -146,6 +159,14 @@ def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
     x = x.transpose(images[0], *images[2:], images[1])  # batch, positions, channels
     kernel = kernel.transpose(*kernels[2:], kernels[1], kernels[0])  # window, in, out
     window, dilation, strides = kernel.shape[:-2], params["rhs_dilation"], params["window_strides"]
+    back = np.argsort((outputs[0], *outputs[2:], outputs[1]))
+    if patched(core):
+        sizes = [m for n, w in zip(x.shape[1:-1], window, strict=True) for m in (n // w, w)]
+        x = x.reshape(len(x), *sizes, x.shape[-1])
+        x = x.transpose(0, *range(1, x.ndim - 1, 2), *range(2, x.ndim - 1, 2), x.ndim - 1)
+        x = x.reshape(*x.shape[: len(window) + 1], -1)  # of each place its patch, in a row
+        kernel = kernel.reshape(-1, kernel.shape[-1])
+        return jnp.tensordot(x, kernel, 1, precision=precision, preferred_element_type=x.dtype).transpose(back)
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)])
     reach = [d * (n - 1) for n, d in zip(window, dilation, strict=True)]
     counts = [(n - r - 1) // s + 1 for n, r, s in zip(x.shape[1:-1], reach, strides, strict=True)]
@@ -161,8 +182,7 @@ def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
             taps.append(part * kernel[t][0])
         else:
             taps.append(jnp.tensordot(part, kernel[t], 1, precision=precision, preferred_element_type=x.dtype))
-    total = sum(taps[1:], taps[0])
-    return total.transpose(np.argsort((outputs[0], *outputs[2:], outputs[1])))
+    return sum(taps[1:], taps[0]).transpose(back)
 
 
 def written(e: Equation) -> Callable[..., jax.Array] | None:
