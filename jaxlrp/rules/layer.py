@@ -29,6 +29,7 @@ class Elementwise:
     make: Callable[[jax.Array], jax.Array]
 
 
+ONES = Elementwise(jnp.ones_like)
 Kernel = jax.Array | Elementwise
 
 
@@ -40,6 +41,7 @@ class Layer:
     conv Ops, whose every step but the core has been folded away: output = forward(active, kernel) + bias.
 
     rectified: whether no relevance arrives where the output is negative or 0, a ReLU being what reads it.
+    begun: a zero that is known when relevance is (`passes.late`), or None: `late` adds it.
     books: what became of relevance that was not passed on, where a ledger asks for it ("bias", "stabiliser",
     "dropped"); else None.
     """
@@ -52,8 +54,9 @@ class Layer:
         output: Any,
         books: bool = False,
         rectified: bool = False,
+        begun: jax.Array | None = None,
     ):
-        self.op, self.rectified = op, rectified
+        self.op, self.rectified, self._begun = op, rectified, begun
         self.books: dict[str, jax.Array] | None = {} if books else None
         # the compute dtype; of complex numbers, that of their parts
         self.dtype = jnp.finfo(jnp.promote_types(op.output.aval.dtype, jnp.float32)).dtype
@@ -210,6 +213,16 @@ class Layer:
         """Whether `active` is known to have no negative element."""
         return self._linear().nonneg
 
+    def late(self, x: jax.Array) -> jax.Array:
+        """x, which is not known before relevance is: for what is made of the layer's arrays element by element."""
+        return x if self._begun is None else x + self._begun
+
+    @property
+    def known(self) -> bool:
+        """Whether all parameters are known while the program is traced, and what is made of them can be made then."""
+        traced = any(isinstance(v, jax.core.Tracer) for v in self._params.values())
+        return not (traced or _compat.varying(self.op.output.aval))
+
     def enter(self, x: jax.Array) -> jax.Array:
         """`x`, shaped like the input, through the linear part of the preprocessing."""
         if not self._linear().before:
@@ -287,6 +300,8 @@ class Layer:
     def _core(self, x: jax.Array, kernel: Kernel) -> jax.Array:
         core, left = self._linear().core, self._linear().slot == 0
         if isinstance(kernel, Elementwise):
+            if left and kernel is ONES and passes.uniform(core):
+                return passes.by_sums(core, x)
             if left and passes.large(core):
                 return passes.by_rows(core, x, *self._source(kernel))
             kernel = self._made(kernel)
@@ -300,6 +315,8 @@ class Layer:
         """The transpose of `_core` in x, which is shaped like `entered`."""
         core, left = self._linear().core, self._linear().slot == 0
         if isinstance(kernel, Elementwise):
+            if left and kernel is ONES and passes.uniform(core):
+                return jax.linear_transpose(partial(passes.by_sums, core), entered)(s)[0]
             if left and passes.large(core):
                 return passes.back_by_rows(core, s, *self._source(kernel))
             kernel = self._made(kernel)
@@ -322,7 +339,7 @@ class Layer:
     def _made(self, kernel: Elementwise) -> jax.Array:
         """The array, made once."""
         if kernel not in self._kernels:
-            self._kernels[kernel] = kernel.make(self.kernel)
+            self._kernels[kernel] = kernel.make(self.late(self.kernel))
         return self._kernels[kernel]
 
     def _source(self, kernel: Elementwise) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..program import Op
 from .arithmetic import by_parts, divide, stabilise
 from .base import KERNEL, LINEAR, Rule, check_choice, check_number, concrete, rule
-from .layer import Elementwise, Kernel, Layer
+from .layer import ONES, Elementwise, Kernel, Layer
 
 Terms = Sequence[tuple[jax.Array, Kernel]]  # (input, kernel) pairs: their sum of products is one set of contributions
 Parts = list[tuple[jax.Array, Elementwise]]
@@ -36,19 +36,22 @@ def negative(x: jax.Array) -> jax.Array:
 
 
 PLUS, MINUS, SIZE = Elementwise(positive), Elementwise(negative), Elementwise(jnp.abs)
-ONES = Elementwise(jnp.ones_like)
+
+
+def halves(layer: Layer) -> tuple[jax.Array, jax.Array]:
+    """The positive and the negative elements of the data at the core's entrance."""
+    a = layer.late(layer.active)
+    return positive(a), negative(a)
 
 
 def excitatory(layer: Layer) -> Parts:
     """The contributions c+ of a dense or conv layer."""
-    a = layer.active
-    return [(a, PLUS)] if layer.nonneg else [(positive(a), PLUS), (negative(a), MINUS)]
+    return [(layer.active, PLUS)] if layer.nonneg else [*zip(halves(layer), (PLUS, MINUS), strict=True)]
 
 
 def inhibitory(layer: Layer) -> Parts:
     """The contributions c- of a dense or conv layer."""
-    a = layer.active
-    return [(a, MINUS)] if layer.nonneg else [(positive(a), MINUS), (negative(a), PLUS)]
+    return [(layer.active, MINUS)] if layer.nonneg else [*zip(halves(layer), (MINUS, PLUS), strict=True)]
 
 
 def favoured(gamma: Any, part: Elementwise) -> Elementwise:
@@ -295,10 +298,10 @@ class FourQuadrant(Rule):
         return True
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        a = layer.active
-        quadrants = [(self.pos_pos, positive(a), PLUS), (self.pos_neg, positive(a), MINUS)]
-        if not layer.nonneg:
-            quadrants += [(self.neg_neg, negative(a), MINUS), (self.neg_pos, negative(a), PLUS)]
+        up, down = (layer.active, None) if layer.nonneg else halves(layer)
+        quadrants = [(self.pos_pos, up, PLUS), (self.pos_neg, up, MINUS)]
+        if down is not None:
+            quadrants += [(self.neg_neg, down, MINUS), (self.neg_pos, down, PLUS)]
         else:
             missing = self.neg_neg + self.neg_pos
             layer.book("dropped", lambda: missing * relevance)
@@ -353,7 +356,7 @@ class GeneralizedGamma(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         a, z, b = layer.active, layer.output, layer.bias
-        size = jnp.abs(a)
+        size = jnp.abs(layer.late(a))
         # c+ = (c + |c|) / 2 is one pass, for signed a too
         plus = (z - b + layer.forward(size, SIZE)) / 2 + positive(b)
         # The sum of one sign enters that of z only where it is the larger one, so nothing cancels in these differences;

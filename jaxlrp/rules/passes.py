@@ -15,9 +15,15 @@ came from; XLA's derivative, which compares pairs of numbers and places, takes u
 By rows: of a large dense kernel a rule's own, its positive part say, is made and used a few rows at a time, which
 stay in the cache; whole it would be written to new memory and read again, at several times the cost of the product.
 
-benchmarks/passes.py measures all forms; other platforms keep their own. Channels last and rows are for programs that
-are compiled whole: an eager call has no loops, and would compile one each time. So are the values by taps: a compiled
-program sums in an order of its own, an eager call in the one that is written.
+By sums: a kernel of ones reads all channels alike, and gives every unit the same: one channel, the sum of all, will do.
+
+Late: XLA starts what it can as soon as it can, and keeps it. What a rule makes of parameters and inputs alone, from
+sign-split kernels to whole denominators, it would make during the forward pass, for all layers, before any relevance
+comes to use it up.
+
+benchmarks/passes.py measures all forms; platforms other than CPU take the sums alone. Channels last and rows are for
+programs that are compiled whole: an eager call has no loops, and would compile one each time. So are the values by
+taps: a compiled program sums in an order of its own, an eager call in the one that is written.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
+from .._compat import vary, varying
 from ..program import Equation
 
 WIDE = 2**16  # inputs x outputs of a kernel that costs time to move
@@ -185,6 +192,24 @@ def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return sum(taps[1:], taps[0]).transpose(back)
 
 
+def uniform(core: Equation) -> bool:
+    """Whether this is a convolution of data in which all units read all channels."""
+    if core.primitive is not p.conv_general_dilated_p:
+        return False
+    sharded = any(s is not None for a in core.inputs for s in a.aval.sharding.spec)
+    return core.params["feature_group_count"] == core.params["batch_group_count"] == 1 and not sharded
+
+
+def by_sums(core: Equation, x: jax.Array) -> jax.Array:
+    """The convolution of an equation that `uniform` names with a kernel of ones."""
+    images, (outer, inner, *_), _ = core.params["dimension_numbers"]
+    window = [1 if i in (outer, inner) else n for i, n in enumerate(core.inputs[1].aval.shape)]
+    params = {**core.params, "preferred_element_type": x.dtype}
+    ones = vary(jnp.ones(window, x.dtype), varying(jax.typeof(x)))
+    out = core.primitive.bind(x.sum(images[1], keepdims=True), ones, **params)
+    return jnp.broadcast_to(out, core.outputs[0].aval.shape)
+
+
 def written(e: Equation) -> Callable[..., jax.Array] | None:
     """How the network's own forward pass computes this equation of a layer; None where as it stands.
 
@@ -293,6 +318,29 @@ def large(core: Equation) -> bool:
     sharded = any(s is not None for a in (x, kernel) for s in a.sharding.spec)
     plain = core.params["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
     return plain and not sharded and kernel.size >= LARGE and out.size <= BLOCK and compiled()
+
+
+def late(r: jax.Array) -> jax.Array | None:
+    """0, which XLA can know only when it knows r: added to what is to be made then. None where it can be made at once.
+
+    One number of r is enough, and the same one for all that `jax.vmap` runs at a time, so that what is shared stays so.
+    """
+    aval = jax.typeof(r)
+    spread = any(s is not None for s in aval.sharding.spec) or varying(aval)
+    if jax.default_backend() != "cpu" or not compiled() or spread or jnp.iscomplexobj(r) or not r.size:
+        return None
+    return _late(lax.stop_gradient(r))
+
+
+@jax.custom_batching.custom_vmap
+def _late(r: jax.Array) -> jax.Array:
+    # A tanh is evaluated once. Anything cheaper XLA would write, with all that r is made of, into each loop that adds.
+    return jnp.tanh((r.ravel()[0] > jnp.inf).astype(r.dtype))
+
+
+@_late.def_vmap
+def _(size: int, batched: list[bool], r: jax.Array) -> tuple[jax.Array, bool]:
+    return _late(r), False
 
 
 def _rows(kernel: jax.Array) -> tuple[int, int]:
