@@ -41,7 +41,8 @@ class Layer:
     conv Ops, whose every step but the core has been folded away: output = forward(active, kernel) + bias.
 
     rectified: whether no relevance arrives where the output is negative or 0, a ReLU being what reads it.
-    begun: a zero that is known when relevance is (`passes.late`), or None: `late` adds it.
+    begun: 0, known when relevance is (`passes.late`), or None. It is added to what passes read, so that nothing is kept
+    for them from the forward pass but what that keeps anyway.
     books: what became of relevance that was not passed on, where a ledger asks for it ("bias", "stabiliser",
     "dropped"); else None.
     """
@@ -213,10 +214,6 @@ class Layer:
         """Whether `active` is known to have no negative element."""
         return self._linear().nonneg
 
-    def late(self, x: jax.Array) -> jax.Array:
-        """x, which is not known before relevance is: for what is made of the layer's arrays element by element."""
-        return x if self._begun is None else x + self._begun
-
     @property
     def known(self) -> bool:
         """Whether all parameters are known while the program is traced, and what is made of them can be made then."""
@@ -298,7 +295,7 @@ class Layer:
         return s
 
     def _core(self, x: jax.Array, kernel: Kernel) -> jax.Array:
-        core, left = self._linear().core, self._linear().slot == 0
+        core, left, x = self._linear().core, self._linear().slot == 0, self._late(x)
         if isinstance(kernel, Elementwise):
             if left and kernel is ONES and passes.uniform(core):
                 return passes.by_sums(core, x)
@@ -329,6 +326,10 @@ class Layer:
         (out,) = jax.linear_transpose(lambda x: forward(x, kernel), entered)(s)
         return out
 
+    def _late(self, x: jax.Array) -> jax.Array:
+        """x, not to be known before relevance is."""
+        return x if self._begun is None else x + self._begun
+
     def _own(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The core's own equation."""
         core, slot = self._linear().core, self._linear().slot
@@ -339,7 +340,7 @@ class Layer:
     def _made(self, kernel: Elementwise) -> jax.Array:
         """The array, made once."""
         if kernel not in self._kernels:
-            self._kernels[kernel] = kernel.make(self.late(self.kernel))
+            self._kernels[kernel] = kernel.make(self._late(self.kernel))
         return self._kernels[kernel]
 
     def _source(self, kernel: Elementwise) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:

@@ -38,20 +38,16 @@ def negative(x: jax.Array) -> jax.Array:
 PLUS, MINUS, SIZE = Elementwise(positive), Elementwise(negative), Elementwise(jnp.abs)
 
 
-def halves(layer: Layer) -> tuple[jax.Array, jax.Array]:
-    """The positive and the negative elements of the data at the core's entrance."""
-    a = layer.late(layer.active)
-    return positive(a), negative(a)
-
-
 def excitatory(layer: Layer) -> Parts:
     """The contributions c+ of a dense or conv layer."""
-    return [(layer.active, PLUS)] if layer.nonneg else [*zip(halves(layer), (PLUS, MINUS), strict=True)]
+    a = layer.active
+    return [(a, PLUS)] if layer.nonneg else [(positive(a), PLUS), (negative(a), MINUS)]
 
 
 def inhibitory(layer: Layer) -> Parts:
     """The contributions c- of a dense or conv layer."""
-    return [(layer.active, MINUS)] if layer.nonneg else [*zip(halves(layer), (MINUS, PLUS), strict=True)]
+    a = layer.active
+    return [(a, MINUS)] if layer.nonneg else [(positive(a), MINUS), (negative(a), PLUS)]
 
 
 def favoured(gamma: Any, part: Elementwise) -> Elementwise:
@@ -298,10 +294,10 @@ class FourQuadrant(Rule):
         return True
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        up, down = (layer.active, None) if layer.nonneg else halves(layer)
-        quadrants = [(self.pos_pos, up, PLUS), (self.pos_neg, up, MINUS)]
-        if down is not None:
-            quadrants += [(self.neg_neg, down, MINUS), (self.neg_pos, down, PLUS)]
+        a = layer.active
+        quadrants = [(self.pos_pos, positive(a), PLUS), (self.pos_neg, positive(a), MINUS)]
+        if not layer.nonneg:
+            quadrants += [(self.neg_neg, negative(a), MINUS), (self.neg_pos, negative(a), PLUS)]
         else:
             missing = self.neg_neg + self.neg_pos
             layer.book("dropped", lambda: missing * relevance)
@@ -356,7 +352,7 @@ class GeneralizedGamma(Rule):
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
         a, z, b = layer.active, layer.output, layer.bias
-        size = jnp.abs(layer.late(a))
+        size = jnp.abs(a)
         # c+ = (c + |c|) / 2 is one pass, for signed a too
         plus = (z - b + layer.forward(size, SIZE)) / 2 + positive(b)
         # The sum of one sign enters that of z only where it is the larger one, so nothing cancels in these differences;
