@@ -301,8 +301,7 @@ def apply(
 
     def backward(saved: Any, relevance: jax.Array) -> tuple[None, list[Any], None, Any, None]:
         rule, (inputs, params, output), mask = saved
-        begun = passes.late(relevance) if op.linear is not None else None
-        layer = Layer(op, inputs and list(map(plain, inputs)), params, output, probed, rectified, begun)
+        layer = Layer(op, inputs and list(map(plain, inputs)), params, output, probed, rectified, relevance)
         rule = jax.tree.map(lambda n: layer._cast(n) if hasattr(n, "dtype") else n, rule)
         relevance = layer._cast(relevance)
         if mask is not None:

@@ -8,45 +8,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from convolved import CASES, IMAGES, convolution, convolutions, draw
 from jaxlrp import Composite, lrp, rewrite, rules, select
 from jaxlrp.analysis import analyse
 from jaxlrp.rules import passes
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
-
-
-def convolution(spec, strides, padding, dilation=None, groups=1):
-    return lambda x, w: lax.conv_general_dilated(
-        x, w, strides, padding, rhs_dilation=dilation, dimension_numbers=spec, feature_group_count=groups
-    )
-
-
-IMAGES = ("NHWC", "HWIO", "NHWC")
-CASES = {
-    "plain": (convolution(IMAGES, (1, 1), "SAME"), (2, 7, 6, 3), (3, 3, 3, 4)),
-    "one wide": (convolution(IMAGES, (1, 1), "VALID"), (2, 7, 6, 3), (1, 1, 3, 4)),
-    "one wide, strided": (convolution(IMAGES, (2, 2), "VALID"), (2, 7, 6, 3), (1, 1, 3, 4)),
-    "strides and edges": (convolution(IMAGES, (2, 3), ((2, 1), (0, 3))), (2, 8, 9, 3), (3, 4, 3, 4)),
-    "cropped": (convolution(IMAGES, (1, 1), ((-1, 2), (0, -2))), (2, 8, 9, 3), (3, 3, 3, 4)),
-    "dilated": (convolution(IMAGES, (1, 2), "SAME", (2, 3)), (2, 9, 9, 3), (3, 3, 3, 4)),
-    "channels first": (convolution(("NCHW", "OIHW", "NCHW"), (2, 1), "SAME"), (2, 3, 8, 7), (4, 3, 3, 3)),
-    "mixed": (convolution(("NHWC", "OIHW", "HNCW"), (1, 1), "SAME"), (2, 5, 6, 3), (4, 3, 3, 2)),
-    "depthwise": (convolution(IMAGES, (2, 2), "SAME", None, 3), (2, 7, 6, 3), (3, 3, 1, 3)),
-    "depthwise, uneven": (convolution(IMAGES, (3, 2), ((2, 0), (-1, 3)), (1, 2), 3), (2, 8, 9, 3), (3, 4, 1, 3)),
-    "depthwise, channels first": (
-        convolution(("NCHW", "OIHW", "NCHW"), (1, 2), "SAME", None, 3),
-        (2, 3, 8, 7),
-        (6, 1, 3, 2),
-    ),
-    "depthwise, two each": (convolution(IMAGES, (1, 1), "SAME", None, 3), (2, 7, 6, 3), (3, 3, 1, 6)),
-    "groups": (convolution(IMAGES, (2, 1), ((1, 2), (-1, 3)), (1, 2), 2), (2, 7, 8, 6), (3, 2, 3, 10)),
-    "smaller than its window": (convolution(IMAGES, (1, 1), "SAME"), (2, 2, 2, 3), (3, 3, 3, 4)),
-    "side by side": (convolution(("NHWC", "OIHW", "NCHW"), (3, 2), "VALID"), (2, 6, 8, 3), (4, 3, 3, 2)),
-    "a line": (convolution(("NWC", "WIO", "NWC"), (2,), "SAME"), (2, 9, 3), (4, 3, 5)),
-    "a volume": (convolution(("NDHWC", "DHWIO", "NDHWC"), (1, 2, 1), "SAME"), (2, 3, 4, 5, 2), (2, 3, 2, 2, 3)),
-}
 
 
 @pytest.mark.parametrize("conv, image, window", CASES.values(), ids=CASES)
@@ -82,6 +47,18 @@ def test_taps_are_the_convolution_and_its_transpose(conv, image, window):
     np.testing.assert_allclose(pull(r)[0], right_pull(r)[0], rtol=0, atol=1e-12)
     if passes.own_windows(op.linear.core):
         np.testing.assert_allclose(passes.back_by_taps(op.linear.core, r, w), pull(r)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("depthwise")])
+def test_taps_of_one_example_after_another(case):
+    conv, image, window = CASES[case]
+    x, w = draw(1, *image), draw(2, *window)
+    (op,) = analyse(conv, (x, w), {}, 0)[1].ops()
+    one_by_one = jax.jit(lambda x: passes.one_by_one(op.linear.core, x, w))
+    np.testing.assert_allclose(one_by_one(x), conv(x, w), rtol=0, atol=1e-12)
+    assert "while" in one_by_one.lower(x).as_text()
+    (op,) = analyse(conv, (x[:1], w), {}, 0)[1].ops()
+    assert "while" not in jax.jit(lambda x: passes.one_by_one(op.linear.core, x, w)).lower(x[:1]).as_text()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,18 +110,18 @@ def test_a_compiled_value_takes_the_faster_form_and_an_eager_one_that_of_the_mod
     x, w = jnp.float32(draw(1, *image)), jnp.float32(draw(2, *window))
     composite = Composite([(select.everything(), rules.Epsilon())])
 
-    def convolutions(f, *args):
-        return str(jax.make_jaxpr(f)(*args)).count("conv_general_dilated")
+    def count(f, *args):
+        return len([*convolutions(jax.make_jaxpr(f)(*args))])
 
     for dtype, kept in ((jnp.float32, 0), (jnp.float64, 0), (jnp.bfloat16, 1), (jnp.float16, 1)):
         explained = rewrite(lambda x, w: jnp.tanh(conv(x, w)), composite)
-        assert convolutions(explained, x.astype(dtype), w.astype(dtype)) == kept, dtype
+        assert count(explained, x.astype(dtype), w.astype(dtype)) == kept, dtype
     np.testing.assert_array_equal(explained(x, w), jnp.tanh(conv(x, w)))
     np.testing.assert_allclose(jax.jit(explained)(x, w), jnp.tanh(conv(x, w)), rtol=0, atol=1e-6)
     for case, kept in (("smaller than its window", 0), ("one wide", 1), ("plain", 1)):  # not where little is gained
         conv, image, window = CASES[case]
         explained = rewrite(lambda x, w, conv=conv: conv(x, w), composite)
-        assert convolutions(explained, jnp.float32(draw(1, *image)), jnp.float32(draw(2, *window))) == kept, case
+        assert count(explained, jnp.float32(draw(1, *image)), jnp.float32(draw(2, *window))) == kept, case
 
 
 def pooling(better, start, size, strides, padding, spread=1, apart=1):

@@ -41,8 +41,8 @@ class Layer:
     conv Ops, whose every step but the core has been folded away: output = forward(active, kernel) + bias.
 
     rectified: whether no relevance arrives where the output is negative or 0, a ReLU being what reads it.
-    begun: 0, known when relevance is (`passes.late`), or None. It is added to what passes read, so that nothing is kept
-    for them from the forward pass but what that keeps anyway.
+    awaited: the relevance that passes wait for (`passes.late`), so that nothing is kept for them from the forward pass
+    but what that keeps anyway.
     books: what became of relevance that was not passed on, where a ledger asks for it ("bias", "stabiliser",
     "dropped"); else None.
     """
@@ -55,9 +55,9 @@ class Layer:
         output: Any,
         books: bool = False,
         rectified: bool = False,
-        begun: jax.Array | None = None,
+        awaited: jax.Array | None = None,
     ):
-        self.op, self.rectified, self._begun = op, rectified, begun
+        self.op, self.rectified, self._awaited = op, rectified, awaited
         self.books: dict[str, jax.Array] | None = {} if books else None
         # the compute dtype; of complex numbers, that of their parts
         self.dtype = jnp.finfo(jnp.promote_types(op.output.aval.dtype, jnp.float32)).dtype
@@ -327,8 +327,12 @@ class Layer:
         return out
 
     def _late(self, x: jax.Array) -> jax.Array:
-        """x, not to be known before relevance is."""
-        return x if self._begun is None else x + self._begun
+        """x, not to be known before relevance is: in a program that is compiled, where there is such an order."""
+        return x if not passes.compiled() or self._zero is None else x + self._zero
+
+    @cached_property
+    def _zero(self) -> jax.Array | None:
+        return None if self._awaited is None else passes.late(self._awaited)
 
     def _own(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The core's own equation."""

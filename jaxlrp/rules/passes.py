@@ -342,7 +342,7 @@ def late(r: jax.Array) -> jax.Array | None:
     """
     aval = jax.typeof(r)
     spread = any(s is not None for s in aval.sharding.spec) or varying(aval)
-    if jax.default_backend() != "cpu" or not compiled() or spread or jnp.iscomplexobj(r) or not r.size:
+    if jax.default_backend() != "cpu" or spread or jnp.iscomplexobj(r) or not r.size:
         return None
     return _late(lax.stop_gradient(r))
 
