@@ -19,16 +19,12 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import os
-import platform
 import resource
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +34,7 @@ import numpy as np
 
 import jaxlrp
 import models
+import rounds
 
 BASELINE = "value_and_grad"
 COMPOSITES: dict[str, Callable[[], jaxlrp.Composite]] = {
@@ -98,8 +95,8 @@ def defaults(model: str) -> list[str]:
 
 def measure(model: str, batch: int, args: argparse.Namespace, out: Path) -> None:
     """Measure one model; write its result to `out` after every step, so that a killed process leaves a record."""
-    rounds = args.rounds if batch == 1 else min(args.rounds, 3)
-    result: dict[str, Any] = {"model": model, "batch": batch, "rounds": rounds, "size": args.size, "rows": {}}
+    repeats = args.rounds if batch == 1 else min(args.rounds, 3)
+    result: dict[str, Any] = {"model": model, "batch": batch, "rounds": repeats, "size": args.size, "rows": {}}
     rows: dict[str, dict[str, Any]] = result["rows"]
 
     def save() -> None:
@@ -136,7 +133,7 @@ def measure(model: str, batch: int, args: argparse.Namespace, out: Path) -> None
             except Exception as error:
                 row["error"] = text_of(error)
         order = list(run)
-        for _ in range(rounds):
+        for _ in range(repeats):
             for name in order:
                 compiled, arguments = run[name]
                 start = time.perf_counter()
@@ -204,17 +201,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
 
-    report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu_count": os.cpu_count(),
-        "cpu_affinity": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("jax", "jaxlib", "flax", "numpy")},
-        "size": args.size,
-        "models": [],
-    }
+    report = {**rounds.record("cost.py", "jaxlib", "numpy", device=False), "size": args.size, "models": []}
     for model, batch in itertools.product(args.models, args.batches):
         report["models"].append(isolated(model, batch, args))
         print(table(report["models"][-1]), end="\n\n", flush=True)

@@ -13,6 +13,7 @@ jaxlrp needs: `--innvestigate` names a Python that has it (`keras_peer.py`).
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -98,10 +99,10 @@ def of_keras(name: str, x: np.ndarray, options: argparse.Namespace, missing: dic
     return runs
 
 
-def measure(name: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def measure(name: str, batch: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
     chosen = [c for c in COMPOSITES if (c in TRANSFORMERS) == (name not in IMAGES)]
     shape = models.build(name)[2]
-    x = np.random.default_rng(0).standard_normal((options.batch, *shape), np.float32).clip(-3, 3)
+    x = np.random.default_rng(0).standard_normal((batch, *shape), np.float32).clip(-3, 3)
     missing: dict[str, str] = {}
     runs = of_jaxlrp(name, x, chosen) | of_torch(name, x, chosen, options, missing)
     runs |= of_keras(name, x, options, missing)
@@ -118,7 +119,7 @@ def measure(name: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]
             {
                 "library": library,
                 "composite": title,
-                "images_per_second": options.batch / median(seconds[key]),
+                "images_per_second": batch / median(seconds[key]),
                 "own_gradients": rounds.ratios(seconds, f"{own} | own gradient")[key]["ratio"],
                 "times_slower_than_jaxlrp": rounds.ratios(seconds, same)[key]["ratio"],
                 "seconds": seconds[key],
@@ -132,30 +133,30 @@ def main() -> None:
     names = [*IMAGES, "vit", "decoder"]
     parser.add_argument("--models", nargs="+", default=names, choices=names)
     parser.add_argument("--libraries", nargs="+", default=list(LIBRARIES), choices=LIBRARIES)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--innvestigate", metavar="PYTHON", help="an interpreter that has iNNvestigate")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     record = rounds.record("peers.py", "torch", "zennit", "captum", "autolrp", "lxt", "transformers", "torchvision")
-    report: dict[str, Any] = {**record, "batch": options.batch, "rounds": options.rounds, "models": {}}
+    report: dict[str, Any] = {**record, "rounds": options.rounds, "models": {}}
     if options.innvestigate:
         report["command"] = report["command"].replace(options.innvestigate, "PYTHON")
-    for name in options.models:
+    for name, batch in itertools.product(options.models, options.batches):
         groups = [[lib for lib in options.libraries if (lib == "lxt") == apart] for apart in (False, True)]
         for group in filter(None, groups):
             if group == ["lxt"] and name in IMAGES:
                 continue
             chosen = argparse.Namespace(**{**vars(options), "libraries": group})
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-                rows, missing = apart.submit(measure, name, chosen).result()
+                rows, missing = apart.submit(measure, name, batch, chosen).result()
             for row in sorted(rows, key=lambda row: row["composite"]):
                 library, title, *numbers, _ = row.values()
-                print(f"{name:14}{title:24}{library:22}" + "".join(f"{n:9.2f}" for n in numbers), flush=True)
+                print(f"{name:14}{batch:<4}{title:24}{library:26}" + "".join(f"{n:9.2f}" for n in numbers), flush=True)
             for what, why in missing.items():
-                print(f"{name:14}{what}: {why}", flush=True)
-            report["models"][f"{name}, {' '.join(group)}"] = {"rows": rows, "missing": missing}
+                print(f"{name:14}{batch:<4}{what}: {why}", flush=True)
+            report["models"][f"{name}, {batch}, {' '.join(group)}"] = {"rows": rows, "missing": missing}
             if options.json:
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
 

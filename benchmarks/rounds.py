@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -42,16 +43,28 @@ def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[str,
     return found
 
 
-def record(script: str, *packages: str) -> dict[str, Any]:
-    """When, how and on what a report was made, with the versions of the packages that are installed."""
+def record(script: str, *packages: str, device: bool = True) -> dict[str, Any]:
+    """When, how and on what a report was made, with the versions of the packages that are installed.
+
+    device: False where processes of their own measure, and this one must leave the device's memory to them.
+    """
     installed = {d.name.lower() for d in importlib.metadata.distributions() if d.name}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([f"python benchmarks/{script}", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
+        **({"device": jax.devices()[0].device_kind} if device else {}),
+        "environment": {k: os.environ[k] for k in ("GLIBC_TUNABLES", "XLA_FLAGS") if k in os.environ},
         "cpu_count": os.cpu_count(),
         "load_average": os.getloadavg(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
         "python": platform.python_version(),
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", *packages) if p.lower() in installed},
     }
+
+
+def processor() -> str:
+    """The processor's name, which Python has on some systems only."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

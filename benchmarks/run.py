@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("passes", "cost", "memory", "sharing", "scaling", "tracing", "response", "flipping", "peers")
+NAMES = ("passes", "cost", "sharing", "scaling", "tracing", "response", "flipping", "peers")
 
-MORE = {"cost": ["--models", "vgg16", "resnet50", "efficientnet", "vit", "decoder", "cnn", "--batches", "1", "4", "16"]}
+BATCHES = ["--batches", "1", "4", "16"]
+MORE = {"cost": ["--models", "vgg16", "resnet50", "efficientnet", "vit", "decoder", "cnn", *BATCHES], "peers": BATCHES}
 
 
 def main() -> int:
@@ -22,7 +23,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--innvestigate", metavar="PYTHON", help="for peers.py: an interpreter that has iNNvestigate")
     options = parser.parse_args()
-    more = {**MORE, "peers": ["--innvestigate", options.innvestigate] if options.innvestigate else []}
+    more = {**MORE}
+    if options.innvestigate:
+        more["peers"] = [*BATCHES, "--innvestigate", options.innvestigate]
     options.out.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]  # apart: it would hold the device's memory
