@@ -204,7 +204,8 @@ def by_sums(core: Equation, x: jax.Array) -> jax.Array:
     """The convolution of an equation that `uniform` names with a kernel of ones."""
     images, (outer, inner, *_), _ = core.params["dimension_numbers"]
     window = [1 if i in (outer, inner) else n for i, n in enumerate(core.inputs[1].aval.shape)]
-    params = {**core.params, "preferred_element_type": x.dtype}
+    precise = (lax.Precision.HIGHEST,) * 2  # which costs nothing here
+    params = {**core.params, "preferred_element_type": x.dtype, "precision": precise}
     ones = vary(jnp.ones(window, x.dtype), varying(jax.typeof(x)))
     out = core.primitive.bind(x.sum(images[1], keepdims=True), ones, **params)
     return jnp.broadcast_to(out, core.outputs[0].aval.shape)
@@ -350,7 +351,8 @@ def late(r: jax.Array) -> jax.Array | None:
 @jax.custom_batching.custom_vmap
 def _late(r: jax.Array) -> jax.Array:
     # A tanh is evaluated once. Anything cheaper XLA would write, with all that r is made of, into each loop that adds.
-    return jnp.tanh((r.ravel()[0] > jnp.inf).astype(r.dtype))
+    first = lax.slice(r, [0] * r.ndim, [1] * r.ndim).reshape(())
+    return jnp.tanh((first > jnp.inf).astype(r.dtype))
 
 
 @_late.def_vmap
