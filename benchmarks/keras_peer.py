@@ -28,7 +28,8 @@ def main() -> None:
     tf.compat.v1.disable_eager_execution()
     images, answers = np.load(file), sys.stdout
     sys.stdout = sys.stderr  # what the library prints is no answer
-    network = {"vgg16": tf.keras.applications.VGG16}[name](weights=None, classifier_activation=None)
+    networks = {"vgg16": tf.keras.applications.VGG16, "resnet50": tf.keras.applications.ResNet50}
+    network = networks[name](weights=None, classifier_activation=None)
     made = {
         title: innvestigate.create_analyzer(analyzer, network, neuron_selection_mode="index")
         for title, analyzer in ANALYZERS.items()
