@@ -30,12 +30,13 @@ Target = Any  # None | int | integer array | callable
 def chosen_rules(ops: Sequence[Op], rules: Sequence[Rule], watched: Collection[int] = ()) -> dict[int, Rule]:
     """The rules of the Ops that need a custom derivative, or are watched.
 
-    What moves values, what blocks, and what the gradient was asked for is left to JAX, unless the derivative is slow.
+    What moves values, what blocks, and what the gradient was asked for is left to JAX, but for layers whose passes may
+    be written faster.
     """
 
     def left(op: Op, rule: Rule) -> bool:
-        slow = any(map(passes.slow, leaves(op.steps)))
-        return op.kind in ("structural", "blocked") or (type(rule) is Gradient and not slow)
+        faster = op.linear is not None or any(map(passes.windowed, leaves(op.steps)))
+        return op.kind in ("structural", "blocked") or (type(rule) is Gradient and not faster)
 
     return {i: r for i, (op, r) in enumerate(zip(ops, rules, strict=True)) if i in watched or not left(op, r)}
 

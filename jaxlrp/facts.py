@@ -148,11 +148,12 @@ def _scan_reads(e: Equation, arrives: list[bool], facts: Facts) -> list[bool]:
 
 
 def _simple(e: Equation, inputs: list[Fact], maker: dict[Value, Equation]) -> Fact:
-    both = join(inputs)
+    both, (low, high) = join(inputs), ranges.bounds(e, [(f.low, f.high) for f in inputs], maker)
+    if low == high and e.outputs[0].aval.dtype == bool:
+        return Fact(low=low, high=high)  # a comparison that bounds decide is a constant
     # a value that depends on the data is nobody's parameter
     names = () if both.derived else both.names
     data = both.data and kind_of(e.primitive) != "blocked"
-    low, high = ranges.bounds(e, [(f.low, f.high) for f in inputs], maker)
     marked = both.marked or (e.primitive is p.name_p and e.params["name"] == "gate")
     # that of a number is no variance's: embeddings are multiplied, scores divided by sqrt(d)
     root = e.primitive in _ROOTS and bool(e.outputs[0].aval.shape)

@@ -58,7 +58,8 @@ def bounds(e: Equation, inputs: Sequence[Range], maker: Mapping[Value, Equation]
     if not e.outputs or not _real(e.outputs[0].aval.dtype):
         return ANY
     if jnp.issubdtype(e.outputs[0].aval.dtype, np.bool_):
-        return 0.0, 1.0
+        small, large = inputs[::-1] if e.primitive is p.gt_p else inputs[:2] if e.primitive is p.lt_p else (ANY, ANY)
+        return (0.0, 0.0) if small[0] >= large[1] else (0.0, 1.0)  # never so
     if e.primitive in _MOVES or interleaved(e, maker):
         return hull(inputs)
     if e.primitive not in _KNOWN:

@@ -23,6 +23,13 @@ def stacked(block):
     return lambda params, x: jax.lax.scan(block, x, params)[0]
 
 
+def convolutions(windows, x):
+    spec = ("NHWC", "HWIO", "NHWC")
+    for w in windows:
+        x = jax.nn.relu(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=spec))
+    return x.mean((1, 2))
+
+
 def temporaries(fun):
     return jax.jit(fun).lower(PARAMS, X).compile().memory_analysis().temp_size_in_bytes
 
@@ -52,19 +59,19 @@ def test_a_checkpoint_recomputes_instead_of_storing(composite):
 def test_nothing_is_computed_before_relevance_needs_it(composite, monkeypatch):
     """XLA for CPU would compute z+ of all layers as soon as it can, and keep it."""
 
-    def layers(windows, x):
-        for w in windows:
-            x = jax.nn.relu(
-                jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            )
-        return x.mean((1, 2))
-
     shapes = [jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32)] * 8, jax.ShapeDtypeStruct((4, 32, 32, 16), jnp.float32)
 
     def needed():
-        explain = value_and_lrp(lambda windows, x: layers(windows, x), composite, 1)
+        explain = value_and_lrp(lambda windows, x: convolutions(windows, x), composite, 1)
         return jax.jit(explain).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     late = needed()
     monkeypatch.setattr(passes, "late", lambda relevance: None)
     assert late < 0.6 * needed()
+
+
+def test_kernels_with_one_sign_are_not_kept():
+    window = jax.ShapeDtypeStruct((3, 3, 128, 128), jnp.float32)
+    explain = jax.jit(value_and_lrp(convolutions, composites.epsilon_plus(), 1))
+    compiled = explain.lower([window] * 8, jax.ShapeDtypeStruct((1, 8, 8, 128), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 6 * 4 * window.size

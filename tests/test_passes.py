@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from convolved import CASES, IMAGES, convolution, convolutions, draw
-from jaxlrp import Composite, lrp, rewrite, rules, select
+from jaxlrp import Composite, composites, lrp, rewrite, rules, select
 from jaxlrp.analysis import analyse
 from jaxlrp.rules import passes
 
@@ -116,12 +116,27 @@ def test_a_compiled_value_takes_the_faster_form_and_an_eager_one_that_of_the_mod
     for dtype, kept in ((jnp.float32, 0), (jnp.float64, 0), (jnp.bfloat16, 1), (jnp.float16, 1)):
         explained = rewrite(lambda x, w: jnp.tanh(conv(x, w)), composite)
         assert count(explained, x.astype(dtype), w.astype(dtype)) == kept, dtype
+    explained = rewrite(lambda x, w: jnp.tanh(conv(x, w)), composite)
     np.testing.assert_array_equal(explained(x, w), jnp.tanh(conv(x, w)))
     np.testing.assert_allclose(jax.jit(explained)(x, w), jnp.tanh(conv(x, w)), rtol=0, atol=1e-6)
+    assert "while" in jax.jit(explained).lower(x, w).as_text()  # one image after another
+    spec = {"dimension_numbers": IMAGES, "feature_group_count": 3}
+    wide = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", preferred_element_type=jnp.float64, **spec) + 1.0
+    assert jax.jit(rewrite(wide, composite))(x, w).dtype == jnp.float64
     for case, kept in (("smaller than its window", 0), ("one wide", 1), ("plain", 1)):  # not where little is gained
         conv, image, window = CASES[case]
         explained = rewrite(lambda x, w, conv=conv: conv(x, w), composite)
         assert count(explained, jnp.float32(draw(1, *image)), jnp.float32(draw(2, *window))) == kept, case
+
+
+@pytest.mark.parametrize("case", ["plain", "one wide", "depthwise"])
+def test_layers_under_the_gradient_give_their_parameters_none_whatever_their_form(case):
+    conv, image, window = CASES[case]
+    x, w = draw(1, *image), draw(2, *window)
+    explained = rewrite(lambda x, w: conv(x, w).sum(), Composite([(select.everything(), rules.Gradient())]))
+    of_x, of_w = jax.grad(explained, (0, 1))(x, w)
+    np.testing.assert_allclose(of_x, jax.grad(lambda x: conv(x, w).sum())(x), rtol=0, atol=1e-12)
+    assert not np.any(of_w)
 
 
 def pooling(better, start, size, strides, padding, spread=1, apart=1):
@@ -162,6 +177,20 @@ def test_slices_are_the_maxima_and_their_derivative(pool, image, steps):
     np.testing.assert_array_equal(passes.extremes(e, x), value)
     r = draw(2, *value.shape)
     np.testing.assert_allclose(passes.back_extremes(e, x, r), pull(r)[0], rtol=0, atol=1e-12)
+
+
+def test_the_derivative_of_relevance_at_ties_is_the_same_compiled_and_not():
+    pool, _ = POOLS["halves"]
+    size = lambda x: lrp(lambda x: pool(x) ** 2, composites.epsilon())(x).sum()
+    np.testing.assert_array_equal(jax.jit(jax.grad(size))(jnp.ones((1, 2, 2, 1))), [[[[2], [0]], [[0], [0]]]])
+
+
+@pytest.mark.parametrize("image", [(0, 4, 4, 1), (1, 1, 1, 2)], ids=["no image", "no window"])
+def test_maxima_of_nothing(image):
+    pool, _ = POOLS["halves"]
+    explain = lrp(pool, Composite([(select.everything(), rules.Winner())]))
+    for f in (explain, jax.jit(explain)):
+        np.testing.assert_array_equal(f(jnp.ones(image)), jnp.zeros(image))
 
 
 @pytest.mark.smoke

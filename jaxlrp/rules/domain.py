@@ -5,7 +5,6 @@ Bias and padding play no part. With preprocessing that joined the layer, weights
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, ClassVar
 
 import jax
@@ -17,32 +16,21 @@ from .base import KERNEL, Rule, broadcasts, check_number, concrete, rule
 from .layer import ONES, Elementwise, Layer
 from .linear import MINUS, PLUS, share, total
 
-SQUARE = Elementwise(jnp.square)
-
 
 @rule
 class WSquare(Rule):
     """LRP-w^2: R_j = sum_k w_jk^2 / (sum_i w_ik^2) R_k, for unbounded inputs; input and bias play no part.
 
-    Where the parameters are known while the explanation is traced, closed over and no arguments, its denominators are
-    computed then, once for all calls. Source: Montavon et al. 2017, eq. 12.
+    Source: Montavon et al. 2017, eq. 12.
     """
 
     kinds: ClassVar[frozenset[str]] = KERNEL
 
     def propagate(self, layer: Layer, relevance: jax.Array) -> tuple[jax.Array, ...]:
-        with jax.ensure_compile_time_eval() if layer.known else contextlib.nullcontext():
-            # the weight seen from the raw input includes the preprocessing's factor
-            factor = layer.enter(jnp.ones_like(layer.inputs[0])) ** 2
-            z = layer.forward(factor, jnp.square(layer.kernel) if layer.known else SQUARE)
-            factor, z = _of_one(factor), _of_one(z)
-        return (layer.leave(share(layer, relevance, [(factor, SQUARE)], z)),)
-
-
-def _of_one(x: jax.Array) -> jax.Array:
-    """The first example, where the numbers are known while the program is traced, and the same for all."""
-    known = not isinstance(x, jax.core.Tracer) and x.ndim > 1
-    return x[:1] if known and bool((x == x[:1]).all()) else x
+        # the weight seen from the raw input includes the preprocessing's factor
+        factor = layer.enter(jnp.ones_like(layer.inputs[0]))
+        terms = [(factor**2, Elementwise(jnp.square))]
+        return (layer.leave(share(layer, relevance, terms, total(layer, terms))),)
 
 
 @rule

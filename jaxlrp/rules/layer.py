@@ -214,12 +214,6 @@ class Layer:
         """Whether `active` is known to have no negative element."""
         return self._linear().nonneg
 
-    @property
-    def known(self) -> bool:
-        """Whether all parameters are known while the program is traced, and what is made of them can be made then."""
-        traced = any(isinstance(v, jax.core.Tracer) for v in self._params.values())
-        return not (traced or _compat.varying(self.op.output.aval))
-
     def enter(self, x: jax.Array) -> jax.Array:
         """`x`, shaped like the input, through the linear part of the preprocessing."""
         if not self._linear().before:
@@ -328,11 +322,8 @@ class Layer:
 
     def _late(self, x: jax.Array) -> jax.Array:
         """x, not to be known before relevance is: in a program that is compiled, where there is such an order."""
-        return x if not passes.compiled() or self._zero is None else x + self._zero
-
-    @cached_property
-    def _zero(self) -> jax.Array | None:
-        return None if self._awaited is None else passes.late(self._awaited)
+        zero = None if self._awaited is None or not passes.compiled() else passes.late(self._awaited)
+        return x if zero is None else x + zero
 
     def _own(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The core's own equation."""

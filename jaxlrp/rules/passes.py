@@ -21,9 +21,9 @@ Late: XLA starts what it can as soon as it can, and keeps it. What a rule makes 
 sign-split kernels to whole denominators, it would make during the forward pass, for all layers, before any relevance
 comes to use it up.
 
-benchmarks/passes.py measures all forms; platforms other than CPU take the sums alone. Channels last and rows are for
-programs that are compiled whole: an eager call has no loops, and would compile one each time. So are the values by
-taps: a compiled program sums in an order of its own, an eager call in the one that is written.
+benchmarks/passes.py measures all forms; platforms other than CPU take the sums alone. Channels last, rows and what is
+late are for programs that are compiled whole: an eager call has no order but its own, nor loops, and would compile one
+each time. So are the values by taps: a compiled program sums in an order of its own, an eager call in the written one.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ from ..program import Equation
 
 WIDE = 2**16  # inputs x outputs of a kernel that costs time to move
 LARGE, BLOCK = 2**22, 2**20  # elements of a dense kernel that does not stay in the cache, and of what does
-MANY = 128  # places of a window, of which each becomes equations of its own
+MANY = 128  # places of a window, of which each becomes equations of its own and is numbered in 8 bits
 FEW = {False: 64, True: 1024}  # positions of an image that is small beside it: forward, transposed
 
-_WIDE = (np.float32, np.float64)
-_EXTREMES = {p.reduce_window_max_p: (jnp.maximum, -np.inf), p.reduce_window_min_p: (jnp.minimum, np.inf)}
+# of a window: which of two elements is kept, whether one beats the other, what padding holds
+_EXTREMES = {
+    p.reduce_window_max_p: (jnp.maximum, jnp.greater, -np.inf),
+    p.reduce_window_min_p: (jnp.minimum, jnp.less, np.inf),
+}
 
 
 def rewritten(core: Equation) -> bool:
@@ -58,9 +61,13 @@ def rewritten(core: Equation) -> bool:
     x, kernel, out = (a.aval for a in (*core.inputs[:2], core.outputs[0]))
     params = core.params
     spread = params["batch_group_count"] > 1 or any(n > 1 for n in params["lhs_dilation"])
-    sharded = any(s is not None for a in (x, kernel) for s in a.sharding.spec)  # explicitly, as part of the type
     empty = 0 in (*x.shape, *kernel.shape, *out.shape)
-    return not (spread or sharded or empty) and jnp.issubdtype(out.dtype, np.floating)
+    return not (spread or _sharded(x, kernel) or empty) and jnp.issubdtype(out.dtype, np.floating)
+
+
+def _sharded(*avals: Any) -> bool:
+    """Whether arrays lie on several devices by their type (explicit sharding)."""
+    return any(s is not None for a in avals for s in a.sharding.spec)
 
 
 def compiled() -> bool:
@@ -169,7 +176,7 @@ def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
     back = np.argsort((outputs[0], *outputs[2:], outputs[1]))
     if patched(core):
         sizes = [m for n, w in zip(x.shape[1:-1], window, strict=True) for m in (n // w, w)]
-        x = x.reshape(len(x), *sizes, x.shape[-1])
+        x = x.reshape(x.shape[0], *sizes, x.shape[-1])
         x = x.transpose(0, *range(1, x.ndim - 1, 2), *range(2, x.ndim - 1, 2), x.ndim - 1)
         x = x.reshape(*x.shape[: len(window) + 1], -1)  # of each place its patch, in a row
         kernel = kernel.reshape(-1, kernel.shape[-1])
@@ -184,7 +191,7 @@ def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
     for t in np.ndindex(*window):
         start = [i * d for i, d in zip(t, dilation, strict=True)]
         stop = [i + (n - 1) * s + 1 for i, n, s in zip(start, counts, strides, strict=True)]
-        part = lax.slice(x, (0, *start, 0), (len(x), *stop, x.shape[-1]), (1, *strides, 1))
+        part = lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
         if groups > 1:
             taps.append(part * kernel[t][0])
         else:
@@ -196,7 +203,7 @@ def uniform(core: Equation) -> bool:
     """Whether this is a convolution of data in which all units read all channels."""
     if core.primitive is not p.conv_general_dilated_p:
         return False
-    sharded = any(s is not None for a in core.inputs for s in a.aval.sharding.spec)
+    sharded = _sharded(*(a.aval for a in core.inputs))
     return core.params["feature_group_count"] == core.params["batch_group_count"] == 1 and not sharded
 
 
@@ -217,12 +224,18 @@ def written(e: Equation) -> Callable[..., jax.Array] | None:
     Maxima are the same bit for bit. Convolutions are to rounding, and are left alone in half precision, where that
     would show, and where taps gain little for the memory that they take.
     """
-    if not compiled():
-        return None
     if windowed(e):
-        return partial(extremes, e)
-    gains = faster(e, transposed=False) and _in_full(e) and (own_windows(e) or _smaller(e))
-    return partial(one_by_one if own_windows(e) else by_taps, e) if gains else None
+        form: Callable[..., jax.Array] = extremes
+    elif faster(e, transposed=False) and _in_full(e) and (own_windows(e) or _smaller(e)):
+        form = one_by_one if own_windows(e) else by_taps
+    else:
+        return None
+    return partial(form, e) if compiled() else None
+
+
+def _in_full(e: Equation) -> bool:
+    """Whether all is in one dtype, of at least 32 bits."""
+    return {a.aval.dtype for a in (*e.inputs, *e.outputs)} in ({np.dtype(np.float32)}, {np.dtype(np.float64)})
 
 
 def one_by_one(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -238,15 +251,6 @@ def one_by_one(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return by_taps(core, jnp.expand_dims(x, images[0]), kernel).squeeze(outputs[0])
 
     return jnp.moveaxis(lax.map(one, jnp.moveaxis(x, images[0], 0)), 0, outputs[0])
-
-
-def slow(e: Equation) -> bool:
-    """Whether the derivative that JAX has of this equation is slower than what is written here."""
-    return windowed(e) or (faster(e, transposed=True) and _in_full(e))
-
-
-def _in_full(e: Equation) -> bool:
-    return all(a.aval.dtype in _WIDE for a in (*e.inputs, *e.outputs))
 
 
 def own_windows(core: Equation) -> bool:
@@ -272,7 +276,7 @@ def back_by_taps(core: Equation, r: jax.Array, kernel: jax.Array) -> jax.Array:
     for t in np.ndindex(*window):
         start = [d * (k - 1 - i) for i, k, d in zip(t, window, dilation, strict=True)]
         stop = [i + n for i, n in zip(start, size, strict=True)]
-        taps.append(lax.slice(r, (0, *start, 0), (len(r), *stop, r.shape[-1])) * kernel[t][0])
+        taps.append(lax.slice(r, (0, *start, 0), (r.shape[0], *stop, r.shape[-1])) * kernel[t][0])
     total = sum(taps[1:], taps[0])
     total = total.reshape(*total.shape[:-1], channels, -1).sum(-1)
     return total.transpose(np.argsort((images[0], *images[2:], images[1])))
@@ -282,10 +286,10 @@ def windowed(e: Equation) -> bool:
     """Whether this is the largest, or the smallest, element of windows that is taken from slices."""
     if e.primitive not in _EXTREMES or jax.default_backend() != "cpu":
         return False
-    (x,) = (a.aval for a in e.inputs)
-    sharded = any(s is not None for s in x.sharding.spec)
+    x, out = e.inputs[0].aval, e.outputs[0].aval
     few = math.prod(e.params["window_dimensions"]) <= MANY
-    return few and not sharded and jnp.issubdtype(x.dtype, np.floating)
+    infinite = jnp.issubdtype(x.dtype, np.floating) and jnp.finfo(x.dtype).bits >= 16
+    return few and infinite and not _sharded(x) and 0 not in (*x.shape, *out.shape)
 
 
 def slices(e: Equation, x: jax.Array, edge: float) -> list[jax.Array]:
@@ -302,10 +306,16 @@ def slices(e: Equation, x: jax.Array, edge: float) -> list[jax.Array]:
     return taken
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def extremes(e: Equation, x: jax.Array) -> jax.Array:
     """The value of an equation that `windowed` names."""
-    better, edge = _EXTREMES[e.primitive]
+    better, _, edge = _EXTREMES[e.primitive]
     return reduce(better, slices(e, x, edge))
+
+
+@extremes.defjvp
+def _(e: Equation, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return jax.jvp(lambda x: e.evaluate(x)[0], primals, tangents)  # of ties the first, where maxima of two halve
 
 
 def back_extremes(e: Equation, x: jax.Array, r: jax.Array) -> jax.Array:
@@ -313,11 +323,11 @@ def back_extremes(e: Equation, x: jax.Array, r: jax.Array) -> jax.Array:
 
     One place wins however x is rounded. XLA may compute x anew for each slice, so that none need equal their maximum.
     """
-    better, edge = _EXTREMES[e.primitive]
+    better, beats, edge = _EXTREMES[e.primitive]
     parts, pull = jax.vjp(lambda x: slices(e, x, edge), x)
     best, winner = parts[0], jnp.zeros(parts[0].shape, jnp.int8)
     for i, part in enumerate(parts[1:], 1):
-        winner = jnp.where(part > best if better is jnp.maximum else part < best, jnp.int8(i), winner)
+        winner = jnp.where(beats(part, best), jnp.int8(i), winner)
         best = better(best, part)
     (received,) = pull([jnp.where(winner == i, r, 0) for i in range(len(parts))])
     return received
@@ -331,9 +341,8 @@ def large(core: Equation) -> bool:
     if core.primitive is not p.dot_general_p or jax.default_backend() != "cpu":
         return False
     x, kernel, out = (a.aval for a in (*core.inputs[:2], core.outputs[0]))
-    sharded = any(s is not None for a in (x, kernel) for s in a.sharding.spec)
     plain = core.params["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
-    return plain and not sharded and kernel.size >= LARGE and out.size <= BLOCK and compiled()
+    return plain and not _sharded(x, kernel) and kernel.size >= LARGE and out.size <= BLOCK and compiled()
 
 
 def late(r: jax.Array) -> jax.Array | None:
@@ -341,14 +350,14 @@ def late(r: jax.Array) -> jax.Array | None:
 
     One number of r is enough, and the same one for all that `jax.vmap` runs at a time, so that what is shared stays so.
     """
-    aval = jax.typeof(r)
-    spread = any(s is not None for s in aval.sharding.spec) or varying(aval)
+    spread = _sharded(jax.typeof(r)) or varying(jax.typeof(r))
     if jax.default_backend() != "cpu" or spread or jnp.iscomplexobj(r) or not r.size:
         return None
     return _late(lax.stop_gradient(r))
 
 
 @jax.custom_batching.custom_vmap
+@jax.jit
 def _late(r: jax.Array) -> jax.Array:
     # A tanh is evaluated once. Anything cheaper XLA would write, with all that r is made of, into each loop that adds.
     first = lax.slice(r, [0] * r.ndim, [1] * r.ndim).reshape(())
@@ -357,7 +366,8 @@ def _late(r: jax.Array) -> jax.Array:
 
 @_late.def_vmap
 def _(size: int, batched: list[bool], r: jax.Array) -> tuple[jax.Array, bool]:
-    return _late(r), False
+    zero = late(r)
+    return jnp.zeros((), r.dtype) if zero is None else zero, False
 
 
 def _rows(kernel: jax.Array) -> tuple[int, int]:

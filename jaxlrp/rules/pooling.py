@@ -59,7 +59,7 @@ class Winner(Rule):
         shape = elements.shape[1:]
         # one place wins however x is rounded: XLA may compute it anew here, and no element need equal the output then
         best = jnp.argmin(elements, 0) if _smallest(e) else jnp.argmax(elements, 0)
-        wins = jnp.expand_dims(jnp.arange(len(elements)), range(1, elements.ndim)) == best
+        wins = jax.nn.one_hot(best, len(elements), axis=0, dtype=bool)
         output = layer.output.reshape(shape)
         if self.ties == "split":
             wins |= elements == output
