@@ -2,9 +2,10 @@
 
     python benchmarks/sharing.py --json sharing.json       # jaxlrp installed, or PYTHONPATH=.
 
-Beside one call (`jaxlrp.per_target`; gammas unrolled under one `jit`, as `evaluate.sweep` does it) stand as many calls
-of the compiled function for one; of gammas `jax.vmap` over a stacked composite, too. A ratio is to the separate calls
-of the same round.
+Beside one call (`jaxlrp.per_target`; `jax.vmap` over the gammas) stand as many calls of the compiled function for one.
+Gammas are explained in three more ways: by `jax.vmap` over a stacked composite, which has sixteen of every number; by
+`jax.lax.map`, four at a time, as `evaluate.sweep` does it; and one after the other under one `jit`. A ratio is to the
+separate calls of the same round.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import models
 import rounds
 from jaxlrp import composites
 
-ALONE, TOGETHER, MAPPED = "separate calls", "one call", "vmap over a stack"
+ALONE, TOGETHER, STACKED = "separate calls", "one call", "vmap over a stack"
+FOURS, UNROLLED = "four at a time", "unrolled"
 
 
 def gamma_box(gamma: float) -> jaxlrp.Composite:
@@ -30,15 +32,20 @@ def gamma_box(gamma: float) -> jaxlrp.Composite:
 
 
 def of_gammas(apply: models.Apply, params: Any, x: jax.Array, count: int) -> dict[str, Callable]:
-    several = [gamma_box(float(g)) for g in np.geomspace(0.01, 1, count)]
+    gammas = np.geomspace(0.01, 1, count, dtype=np.float32)
+    several = [gamma_box(float(g)) for g in gammas]
+    stacked = jax.tree.map(lambda *v: jnp.stack([jnp.asarray(n, jnp.float32) for n in v]), *several)
     explain = jax.jit(lambda c, p, x: jaxlrp.lrp(apply, c, argnums=1, target=0)(p, x))
+    together = jax.jit(jax.vmap(lambda g, p, x: explain(gamma_box(g), p, x), (0, None, None)))
+    fours = jax.jit(lambda cs, p, x: jax.lax.map(lambda c: explain(c, p, x), cs, batch_size=4))
     unrolled = jax.jit(lambda cs, p, x: jnp.stack([explain(c, p, x) for c in cs]))
     mapped = jax.jit(jax.vmap(explain, (0, None, None)))
-    stacked = jax.tree.map(lambda *v: jnp.stack([jnp.asarray(n, jnp.float32) for n in v]), *several)
     return {
         ALONE: lambda: jnp.stack([explain(c, params, x) for c in several]),
-        TOGETHER: lambda: unrolled(several, params, x),
-        MAPPED: lambda: mapped(stacked, params, x),
+        TOGETHER: lambda: together(gammas, params, x),
+        FOURS: lambda: fours(stacked, params, x),
+        UNROLLED: lambda: unrolled(several, params, x),
+        STACKED: lambda: mapped(stacked, params, x),
     }
 
 

@@ -51,8 +51,8 @@ def rewrite(
 ) -> Callable:
     """A function like `fun`, with the same outputs, whose VJP propagates relevance instead of gradients.
 
-    Compiled for a CPU, depthwise convolutions are summed in another order than XLA's slow one: there the outputs are
-    the same to rounding.
+    Compiled for a CPU, some convolutions are summed in another order than XLA's, which is slow at those of single
+    channels and of images smaller than their window: there the outputs are the same to rounding.
 
     Args:
       fun: any JAX function. Arguments that are not arrays stay Python values, as under `jax.grad`.

@@ -6,7 +6,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_policies
 
 from jaxlrp import composites, value_and_lrp
-from jaxlrp.rules import passes
+from jaxlrp.rules import order
 
 WIDE, INNER, DEPTH = 64, 512, 12
 X = jax.ShapeDtypeStruct((256, WIDE), jnp.float32)
@@ -66,7 +66,7 @@ def test_nothing_is_computed_before_relevance_needs_it(composite, monkeypatch):
         return jax.jit(explain).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     late = needed()
-    monkeypatch.setattr(passes, "late", lambda relevance: None)
+    monkeypatch.setattr(order, "late", lambda relevance: None)
     assert late < 0.6 * needed()
 
 

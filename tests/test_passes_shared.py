@@ -8,7 +8,7 @@ import pytest
 from convolved import CASES, IMAGES, convolution, convolutions, draw
 from jaxlrp import Composite, lrp, per_target, rules, select
 from jaxlrp.analysis import analyse
-from jaxlrp.rules import passes
+from jaxlrp.rules import order, passes
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "groups" and not name.startswith("depthwise")])
@@ -45,7 +45,7 @@ def test_what_waits_for_relevance_is_shared_by_all_targets_and_has_derivatives()
     composite = Composite([(select.kind("conv"), rules.AlphaBeta())])
     every = per_target(f, composite)
     program = jax.make_jaxpr(every)(x)
-    assert "tanh" in str(program)  # by which `passes.late` has XLA wait
+    assert "tanh" in str(program)  # by which `order.late` has XLA wait
     assert {e.params["feature_group_count"] for e in convolutions(program)} == {1}  # no kernel for each target
     right = jnp.stack([lrp(f, composite, target=t)(x) for t in range(window[-1])])
     np.testing.assert_allclose(jax.jit(every)(x), right, rtol=0, atol=1e-12)
@@ -63,7 +63,7 @@ def test_what_waits_in_nested_explanations():
     x = jnp.abs(draw(1, 2, 5, 5, 2))
     found = lrp(inner, composite, on_unknown="gradient")(x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "late", lambda relevance: None)
+        patch.setattr(order, "late", lambda relevance: None)
         right = lrp(lambda x: inner(x), composite, on_unknown="gradient")(x)
     assert np.any(right)
     np.testing.assert_allclose(found, right, rtol=0, atol=1e-8 * np.abs(right).max())

@@ -8,6 +8,7 @@ and the example's place in it alone; so neither devices, processes nor a new sta
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,8 @@ from .store import VERSIONS, Store, package
 from .stream import Batch, Layout, digest_of, items, length_of, mismatch, read, reason
 
 MINUTE = 60.0  # what a kill may cost: a part is written after so many seconds, or `group` batches
+
+TOGETHER = 4  # variants at a time: sixteen take as long, and several times the memory
 
 log = logging.getLogger(__name__)
 
@@ -305,14 +308,12 @@ def measure(
 ) -> dict[str, jax.Array]:
     """score, auc, aopc (N, labels) and scores (N, labels, steps + 1), labels as `results.labels_of` has them."""
     keys = keys_of(jax.random.fold_in(key, index), places)
-    # The parameters stay arguments: they name the layers. Composites that differ in numbers alone are traced once.
-    before, rest = predict.args, predict.keywords
-    explain = jax.jit(lambda c, a, k, x, t: lrp(predict.func, c, argnums=len(a), target=t)(*a, x, **k))
-    maps = [
-        explain(e, before, rest, inputs, targets) if isinstance(e, Composite) else e(inputs, targets)
-        for each in explainers.values()
-        for e in each
-    ]
+    maps: list[jax.Array] = []
+    for each in explainers.values():
+        if isinstance(each[0], Composite):
+            maps += _explained(predict, each, inputs, targets)
+        else:
+            maps += [explain(inputs, targets) for explain in each]
     sums = jnp.stack([relevance_of(tiles, inputs, r) for r in maps])
     ranks = jax.lax.map(lambda s: jnp.stack([ranks_of(o, s, keys) for o in orders]), sums)
     ranks = ranks.reshape(-1, *ranks.shape[2:])  # (maps and orders, N, tiles)
@@ -333,6 +334,29 @@ def measure(
         "aopc": found.aopc().reshape(score.shape),
         "scores": scores,
     }
+
+
+def _form(composite: Composite) -> tuple[Any, ...]:
+    """What composites that differ in numbers alone have in common."""
+    return jax.tree.structure(composite), *map(jnp.shape, jax.tree.leaves(composite))
+
+
+def _explained(
+    predict: Partial, composites: Sequence[Composite], inputs: jax.Array, targets: jax.Array
+) -> list[jax.Array]:
+    """The relevance of each composite. Those that differ in numbers alone share what does not depend on them."""
+    # The parameters stay arguments: they name the layers.
+    explain = jax.jit(lambda c, a, k, x, t: lrp(predict.func, c, argnums=len(a), target=t)(*a, x, **k))
+    rest = predict.args, predict.keywords, inputs, targets
+    maps: list[jax.Array] = []
+    for _, same in itertools.groupby(composites, _form):
+        group = list(same)
+        if len(group) == 1 or any(isinstance(rule, _FITTED) for _, rule in group[0].rows):  # whose arrays are kept once
+            maps.extend(explain(c, *rest) for c in group)
+        else:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
+            maps.extend(jax.lax.map(lambda c: explain(c, *rest), stacked, batch_size=TOGETHER))
+    return maps
 
 
 def _named(name: str, given: Any) -> Mapping[str, Any]:
@@ -377,4 +401,5 @@ def unstacked(name: str, composite: Composite) -> list[Composite]:
     return [Composite([(s, part(k, r)) for s, r in composite.rows]) for k in range(sizes[0])]
 
 
-_ARRAYS = (ZBox, PatternNet, PatternAttribution)  # rules of which one variant has arrays
+_FITTED = (PatternNet, PatternAttribution)  # rules with arrays as large as the parameters
+_ARRAYS = (ZBox, *_FITTED)  # rules of which one variant has arrays

@@ -17,16 +17,20 @@ from ..errors import InputError
 from ..kinds import PSUMS
 from ..program import Atom, Constant, Equation, Op, Value, Wrapper, leaves
 from ..runs import kernel_axes
-from . import passes
+from . import order, passes
 from .arithmetic import halved, resolved, summed
 from .base import LINEAR, NORMS
 
 
 @dataclasses.dataclass(frozen=True)
 class Elementwise:
-    """A kernel that is made of the layer's own, w, element by element: make(w). A large one is never made whole."""
+    """A kernel that is made of the layer's own, w, element by element: make(w). A large one is never made whole.
+
+    numbered: whether numbers of the rule are in it, for many of which `jax.vmap` makes a kernel each.
+    """
 
     make: Callable[[jax.Array], jax.Array]
+    numbered: bool = False
 
 
 ONES = Elementwise(jnp.ones_like)
@@ -41,7 +45,7 @@ class Layer:
     conv Ops, whose every step but the core has been folded away: output = forward(active, kernel) + bias.
 
     rectified: whether no relevance arrives where the output is negative or 0, a ReLU being what reads it.
-    awaited: the relevance that passes wait for (`passes.late`), so that nothing is kept for them from the forward pass
+    awaited: the relevance that passes wait for (`order.late`), so that nothing is kept for them from the forward pass
     but what that keeps anyway.
     books: what became of relevance that was not passed on, where a ledger asks for it ("bias", "stabiliser",
     "dropped"); else None.
@@ -310,7 +314,13 @@ class Layer:
                 return jax.linear_transpose(partial(passes.by_sums, core), entered)(s)[0]
             if left and passes.large(core):
                 return passes.back_by_rows(core, s, *self._source(kernel))
+            if left and kernel.numbered and passes.rewritten(core) and order.compiled():
+                return order.kernel_by_kernel(partial(self._pulled, entered))(s, self._made(kernel))
             kernel = self._made(kernel)
+        return self._pulled(entered, s, kernel)
+
+    def _pulled(self, entered: jax.Array, s: jax.Array, kernel: jax.Array) -> jax.Array:
+        core, left = self._linear().core, self._linear().slot == 0
         taps = left and passes.faster(core, transposed=True)
         if taps and passes.own_windows(core):
             return passes.back_by_taps(core, s, kernel)
@@ -322,7 +332,7 @@ class Layer:
 
     def _late(self, x: jax.Array) -> jax.Array:
         """x, not to be known before relevance is: in a program that is compiled, where there is such an order."""
-        zero = None if self._awaited is None or not passes.compiled() else passes.late(self._awaited)
+        zero = None if self._awaited is None or not order.compiled() else order.late(self._awaited)
         return x if zero is None else x + zero
 
     def _own(self, x: jax.Array, kernel: jax.Array) -> jax.Array:

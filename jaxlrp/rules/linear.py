@@ -52,7 +52,7 @@ def inhibitory(layer: Layer) -> Parts:
 
 def favoured(gamma: Any, part: Elementwise) -> Elementwise:
     """The kernel w + gamma part(w)."""
-    return Elementwise(lambda w: w + gamma * part.make(w))
+    return Elementwise(lambda w: w + gamma * part.make(w), numbered=True)
 
 
 def total(layer: Layer, terms: Terms) -> jax.Array:

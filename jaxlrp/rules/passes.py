@@ -17,13 +17,9 @@ stay in the cache; whole it would be written to new memory and read again, at se
 
 By sums: a kernel of ones reads all channels alike, and gives every unit the same: one channel, the sum of all, will do.
 
-Late: XLA starts what it can as soon as it can, and keeps it. What a rule makes of parameters and inputs alone, from
-sign-split kernels to whole denominators, it would make during the forward pass, for all layers, before any relevance
-comes to use it up.
-
-benchmarks/passes.py measures all forms; platforms other than CPU take the sums alone. Channels last, rows and what is
-late are for programs that are compiled whole: an eager call has no order but its own, nor loops, and would compile one
-each time. So are the values by taps: a compiled program sums in an order of its own, an eager call in the written one.
+benchmarks/passes.py measures all forms; platforms other than CPU take the sums alone. Channels last and rows are for
+programs that are compiled whole: an eager call has no loops, and would compile one each time. So are the values by
+taps: a compiled program sums in an order of its own, an eager call in the written one. When it computes what: `order`.
 """
 
 from __future__ import annotations
@@ -41,6 +37,7 @@ from jax.extend.core import primitives as p
 
 from .._compat import vary, varying
 from ..program import Equation
+from .order import compiled, sharded
 
 WIDE = 2**16  # inputs x outputs of a kernel that costs time to move
 LARGE, BLOCK = 2**22, 2**20  # elements of a dense kernel that does not stay in the cache, and of what does
@@ -62,17 +59,7 @@ def rewritten(core: Equation) -> bool:
     params = core.params
     spread = params["batch_group_count"] > 1 or any(n > 1 for n in params["lhs_dilation"])
     empty = 0 in (*x.shape, *kernel.shape, *out.shape)
-    return not (spread or _sharded(x, kernel) or empty) and jnp.issubdtype(out.dtype, np.floating)
-
-
-def _sharded(*avals: Any) -> bool:
-    """Whether arrays lie on several devices by their type (explicit sharding)."""
-    return any(s is not None for a in avals for s in a.sharding.spec)
-
-
-def compiled() -> bool:
-    """Whether what is computed here becomes part of a program: not so in an eager call, nor in `jax.vmap` of one."""
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
+    return not (spread or sharded(x, kernel) or empty) and jnp.issubdtype(out.dtype, np.floating)
 
 
 def faster(core: Equation, transposed: bool) -> bool:
@@ -203,8 +190,8 @@ def uniform(core: Equation) -> bool:
     """Whether this is a convolution of data in which all units read all channels."""
     if core.primitive is not p.conv_general_dilated_p:
         return False
-    sharded = _sharded(*(a.aval for a in core.inputs))
-    return core.params["feature_group_count"] == core.params["batch_group_count"] == 1 and not sharded
+    alone = core.params["feature_group_count"] == core.params["batch_group_count"] == 1
+    return alone and not sharded(*(a.aval for a in core.inputs))
 
 
 def by_sums(core: Equation, x: jax.Array) -> jax.Array:
@@ -289,7 +276,7 @@ def windowed(e: Equation) -> bool:
     x, out = e.inputs[0].aval, e.outputs[0].aval
     few = math.prod(e.params["window_dimensions"]) <= MANY
     infinite = jnp.issubdtype(x.dtype, np.floating) and jnp.finfo(x.dtype).bits >= 16
-    return few and infinite and not _sharded(x) and 0 not in (*x.shape, *out.shape)
+    return few and infinite and not sharded(x) and 0 not in (*x.shape, *out.shape)
 
 
 def slices(e: Equation, x: jax.Array, edge: float) -> list[jax.Array]:
@@ -342,32 +329,7 @@ def large(core: Equation) -> bool:
         return False
     x, kernel, out = (a.aval for a in (*core.inputs[:2], core.outputs[0]))
     plain = core.params["dimension_numbers"] == (((x.ndim - 1,), (0,)), ((), ()))
-    return plain and not _sharded(x, kernel) and kernel.size >= LARGE and out.size <= BLOCK and compiled()
-
-
-def late(r: jax.Array) -> jax.Array | None:
-    """0, which XLA can know only when it knows r: added to what is to be made then. None where it can be made at once.
-
-    One number of r is enough, and the same one for all that `jax.vmap` runs at a time, so that what is shared stays so.
-    """
-    spread = _sharded(jax.typeof(r)) or varying(jax.typeof(r))
-    if jax.default_backend() != "cpu" or spread or jnp.iscomplexobj(r) or not r.size:
-        return None
-    return _late(lax.stop_gradient(r))
-
-
-@jax.custom_batching.custom_vmap
-@jax.jit
-def _late(r: jax.Array) -> jax.Array:
-    # A tanh is evaluated once. Anything cheaper XLA would write, with all that r is made of, into each loop that adds.
-    first = lax.slice(r, [0] * r.ndim, [1] * r.ndim).reshape(())
-    return jnp.tanh((first > jnp.inf).astype(r.dtype))
-
-
-@_late.def_vmap
-def _(size: int, batched: list[bool], r: jax.Array) -> tuple[jax.Array, bool]:
-    zero = late(r)
-    return jnp.zeros((), r.dtype) if zero is None else zero, False
+    return plain and not sharded(x, kernel) and kernel.size >= LARGE and out.size <= BLOCK and compiled()
 
 
 def _rows(kernel: jax.Array) -> tuple[int, int]:
