@@ -77,19 +77,51 @@ def test_many_gammas_with_many_targets_and_examples():
     np.testing.assert_allclose(examples[..., 0, :, :, :], right, rtol=1e-10, atol=1e-10)
 
 
-def test_variants_of_a_sweep_share_their_program():
-    """However many variants, each convolution stands in it once, or twice where four do not divide them."""
+def test_programs_keep_nothing_of_what_is_traced():
+    w = [draw(2, 3, 3, 2, 4), draw(3, 3, 3, 4, 3)]
+    conv = convolution(IMAGES, (1, 1), "SAME")
+    net = lambda x: jax.nn.relu(conv(jax.nn.relu(conv(x, w[0])), w[1])).mean((1, 2))
+    explain = lambda number, x: lrp(net, gamma(number), target=0)(x)
+    x = draw(1, 2, 5, 4, 2)
+    with jax.checking_leaks():
+        jax.jit(explain)(0.5, x)
+        jax.jit(jax.vmap(explain, (0, None)))(GAMMAS, x)
+
+
+def test_no_term_for_what_does_not_vary():
     conv, image, window = CASES["plain"]
     x, w = draw(1, *image), draw(2, *window)
-    predict = Partial(lambda w, x: jax.nn.relu(conv(x, w)).mean((1, 2)), w)
-    targets = jnp.zeros(len(x), int)
+    explain = lambda number, x: lrp(lambda x: jnp.tanh(conv(x, w)), gamma(number))(x)
+    count = lambda argnums: len(list(convolutions(jax.make_jaxpr(jax.jacfwd(explain, argnums))(0.5, x))))
+    assert count(0) < count((0, 1))
+
+
+PLAIN_CONV, IMAGE, WINDOW = CASES["plain"]
+PREDICT = Partial(lambda w, x: jax.nn.relu(PLAIN_CONV(x, w)).mean((1, 2)), draw(2, *WINDOW))
+TARGETS = jnp.zeros(IMAGE[0], int)
+
+
+def test_variants_of_a_sweep_share_their_program():
+    """However many variants, each convolution stands in it once, or twice where four do not divide them."""
 
     def count(numbers):
-        explained = lambda numbers, x: _explained(predict, [gamma(n) for n in numbers], x, targets)
-        return len(list(convolutions(jax.make_jaxpr(explained)(list(numbers), x))))
+        explained = lambda numbers, x: _explained(PREDICT, [gamma(n) for n in numbers], x, TARGETS)
+        return len(list(convolutions(jax.make_jaxpr(explained)(list(numbers), draw(1, *IMAGE)))))
 
     assert count(np.ones(4)) == count(np.ones(8)) == count(np.ones(16)) > 1
     assert count(np.ones(9)) == 2 * count(np.ones(8))
+
+
+def test_variants_of_every_form():
+    """Numbers of other dtypes, none at all, and functions keep their places."""
+    plus = Composite([(select.kind("conv"), rules.ZPlus())])
+    explainers = [gamma(0.1), plus, gamma(jnp.float16(0.2)), lambda x, t: x, plus, gamma(0.3), gamma(0.4)]
+    x = draw(1, *IMAGE)
+    found = jax.jit(lambda x: _explained(PREDICT, explainers, x, TARGETS))(x)
+    assert len(found) == len(explainers)
+    for e, relevance in zip(explainers, found, strict=True):
+        right = lrp(PREDICT, e, target=TARGETS)(x) if isinstance(e, Composite) else x
+        np.testing.assert_allclose(relevance, right, rtol=1e-10, atol=1e-10)
 
 
 def test_many_gammas_on_several_devices():

@@ -47,7 +47,8 @@ def grid(measure: Callable[[Composite], jax.Array], composites: Sequence[Composi
         evaluate.grid(measure, gammas).composite
 
     measure: from a composite to one number, or one per example (N,), whose mean counts; the higher the better. It is
-    traced once, and run for one composite after the other, in the memory of one. The images and parameters that it closes over are arguments of what is compiled.
+    traced once, and run for one composite after the other, in the memory of one. The images and parameters that it
+    closes over are arguments of what is compiled.
 
     Raises InputError for no composites, composites without numbers or that differ in more, or a measure that returns
     anything else or nothing finite. A composite whose measure is not finite is never the best.

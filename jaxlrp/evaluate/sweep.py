@@ -8,7 +8,6 @@ and the example's place in it alone; so neither devices, processes nor a new sta
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -308,12 +307,7 @@ def measure(
 ) -> dict[str, jax.Array]:
     """score, auc, aopc (N, labels) and scores (N, labels, steps + 1), labels as `results.labels_of` has them."""
     keys = keys_of(jax.random.fold_in(key, index), places)
-    maps: list[jax.Array] = []
-    for each in explainers.values():
-        if isinstance(each[0], Composite):
-            maps += _explained(predict, each, inputs, targets)
-        else:
-            maps += [explain(inputs, targets) for explain in each]
+    maps = _explained(predict, [e for each in explainers.values() for e in each], inputs, targets)
     sums = jnp.stack([relevance_of(tiles, inputs, r) for r in maps])
     ranks = jax.lax.map(lambda s: jnp.stack([ranks_of(o, s, keys) for o in orders]), sums)
     ranks = ranks.reshape(-1, *ranks.shape[2:])  # (maps and orders, N, tiles)
@@ -336,27 +330,29 @@ def measure(
     }
 
 
-def _form(composite: Composite) -> tuple[Any, ...]:
-    """What composites that differ in numbers alone have in common."""
-    return jax.tree.structure(composite), *map(jnp.shape, jax.tree.leaves(composite))
-
-
-def _explained(
-    predict: Partial, composites: Sequence[Composite], inputs: jax.Array, targets: jax.Array
-) -> list[jax.Array]:
-    """The relevance of each composite. Those that differ in numbers alone share what does not depend on them."""
-    # The parameters stay arguments: they name the layers.
+def _explained(predict: Partial, explainers: Sequence[Any], inputs: jax.Array, targets: jax.Array) -> list[jax.Array]:
+    """The relevance by each explainer. Composites that differ in numbers alone share what does not depend on them."""
+    # The parameters stay arguments: they name the layers. Composites of one form are traced once.
     explain = jax.jit(lambda c, a, k, x, t: lrp(predict.func, c, argnums=len(a), target=t)(*a, x, **k))
     rest = predict.args, predict.keywords, inputs, targets
-    maps: list[jax.Array] = []
-    for _, same in itertools.groupby(composites, _form):
-        group = list(same)
-        if len(group) == 1 or any(isinstance(rule, _FITTED) for _, rule in group[0].rows):  # whose arrays are kept once
-            maps.extend(explain(c, *rest) for c in group)
+    maps: dict[int, jax.Array] = {}
+    alike: dict[Any, list[int]] = {}
+    for i, e in enumerate(explainers):
+        if isinstance(e, Composite):
+            numbers, form = jax.tree.flatten(e)
+            alike.setdefault((form, *map(jax.typeof, numbers)), []).append(i)
+        else:
+            maps[i] = e(inputs, targets)
+    for places in alike.values():
+        group = [explainers[i] for i in places]
+        fitted = any(isinstance(rule, _FITTED) for _, rule in group[0].rows)  # whose arrays are kept once
+        if len(group) == 1 or fitted or not jax.tree.leaves(group[0]):
+            maps |= {i: explain(c, *rest) for i, c in zip(places, group, strict=True)}
         else:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *group)
-            maps.extend(jax.lax.map(lambda c: explain(c, *rest), stacked, batch_size=TOGETHER))
-    return maps
+            mapped = jax.lax.map(lambda c: explain(c, *rest), stacked, batch_size=TOGETHER)
+            maps |= dict(zip(places, mapped, strict=True))
+    return [maps[i] for i in range(len(explainers))]
 
 
 def _named(name: str, given: Any) -> Mapping[str, Any]:

@@ -300,34 +300,24 @@ class Layer:
             if left and passes.large(core):
                 return passes.by_rows(core, x, *self._source(kernel))
             kernel = self._made(kernel)
-        if left and passes.faster(core, transposed=False):
-            return passes.by_taps(core, x, kernel)
-        if left and passes.channels_last(core):
-            return passes.convolved(core, x, kernel)
+        if left and passes.rewritten(core):
+            return passes.value(core, x, kernel)
         return self._own(x, kernel)
 
     def _back(self, s: jax.Array, kernel: Kernel, entered: jax.Array) -> jax.Array:
         """The transpose of `_core` in x, which is shaped like `entered`."""
         core, left = self._linear().core, self._linear().slot == 0
+        numbered = isinstance(kernel, Elementwise) and kernel.numbered
         if isinstance(kernel, Elementwise):
             if left and kernel is ONES and passes.uniform(core):
                 return jax.linear_transpose(partial(passes.by_sums, core), entered)(s)[0]
             if left and passes.large(core):
                 return passes.back_by_rows(core, s, *self._source(kernel))
-            if left and kernel.numbered and passes.rewritten(core) and order.compiled():
-                return order.kernel_by_kernel(partial(self._pulled, entered))(s, self._made(kernel))
             kernel = self._made(kernel)
-        return self._pulled(entered, s, kernel)
-
-    def _pulled(self, entered: jax.Array, s: jax.Array, kernel: jax.Array) -> jax.Array:
-        core, left = self._linear().core, self._linear().slot == 0
-        taps = left and passes.faster(core, transposed=True)
-        if taps and passes.own_windows(core):
-            return passes.back_by_taps(core, s, kernel)
-        if left and not taps and passes.channels_last(core):
-            return passes.back_convolved(core, s, kernel)
-        forward = partial(passes.by_taps, core) if taps else self._own
-        (out,) = jax.linear_transpose(lambda x: forward(x, kernel), entered)(s)
+        if left and passes.rewritten(core):
+            back = partial(passes.back, core, jax.typeof(entered))
+            return (order.kernel_by_kernel(back) if numbered and order.compiled() else back)(s, kernel)
+        (out,) = jax.linear_transpose(lambda x: self._own(x, kernel), entered)(s)
         return out
 
     def _late(self, x: jax.Array) -> jax.Array:

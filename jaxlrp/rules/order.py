@@ -13,10 +13,12 @@ An eager call has no order but its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from .._compat import varying
 
@@ -57,16 +59,22 @@ def _(size: int, batched: list[bool], r: jax.Array) -> tuple[jax.Array, bool]:
 
 
 def kernel_by_kernel(product: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    """`product(s, kernel)`, linear in each; of several kernels, as `jax.vmap` makes them, one after another."""
+    """`product(s, kernel)`, linear in each; of several kernels, as `jax.vmap` makes them, one after another.
+
+    Its derivatives are those of `product`: of several kernels, as JAX has them.
+    """
 
     @jax.custom_jvp
     def pulled(s: jax.Array, kernel: jax.Array) -> jax.Array:
         return mapped(s, kernel)
 
-    @pulled.defjvp
-    def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def derivative(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         (s, kernel), (ds, dkernel) = primals, tangents
-        return pulled(s, kernel), product(ds, kernel) + product(s, dkernel)
+        terms = [product(ds, kernel)] if not isinstance(ds, SymbolicZero) else []
+        terms += [product(s, dkernel)] if not isinstance(dkernel, SymbolicZero) else []
+        return pulled(s, kernel), sum(terms[1:], terms[0])
+
+    pulled.defjvp(derivative, symbolic_zeros=True)
 
     @jax.custom_batching.custom_vmap
     def mapped(s: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -186,6 +186,27 @@ def by_taps(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return sum(taps[1:], taps[0]).transpose(back)
 
 
+def value(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The convolution of an equation that `rewritten` names, of any arrays of its shapes, in its fastest form."""
+    if faster(core, transposed=False):
+        return by_taps(core, x, kernel)
+    return (convolved if channels_last(core) else _plain)(core, x, kernel)
+
+
+def back(core: Equation, like: Any, r: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Its transpose in x, which is of the type `like`."""
+    taps = faster(core, transposed=True)
+    if taps and own_windows(core):
+        return back_by_taps(core, r, kernel)
+    if not taps and channels_last(core):
+        return back_convolved(core, r, kernel)
+    return jax.linear_transpose(lambda x: (by_taps if taps else _plain)(core, x, kernel), like)(r)[0]
+
+
+def _plain(core: Equation, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return core.primitive.bind(x, kernel, **{**core.params, "preferred_element_type": x.dtype})
+
+
 def uniform(core: Equation) -> bool:
     """Whether this is a convolution of data in which all units read all channels."""
     if core.primitive is not p.conv_general_dilated_p:
