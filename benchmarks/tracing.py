@@ -1,10 +1,10 @@
-"""What rewriting costs before anything runs: tracing time and program size, relative to `jax.value_and_grad`.
+"""What rewriting costs before anything runs: tracing, program size, compilation, relative to `jax.value_and_grad`.
 
     python benchmarks/tracing.py --json tracing.json       # jaxlrp installed, or PYTHONPATH=.
 
 Nothing is computed: parameters are shapes. A round traces every function once, in an order that rotates; a ratio
 compares two times of the same round, and the table shows the median ratio, the least and the greatest. Size is the
-number of operations in the StableHLO that tracing and lowering give, before XLA. For token models the gradient is that
+number of operations in the StableHLO that tracing and lowering give, before XLA, which compiles it once. For token models the gradient is that
 of the embedding's output, which costs the same passes.
 """
 
@@ -80,7 +80,10 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for key, f in found.items():
         jax.clear_caches()
-        rows[key] = {"operations": operations(jax.jit(f).lower(params, x)), "seconds": []}
+        lowered = jax.jit(f).lower(params, x)
+        start = time.perf_counter()
+        lowered.compile()
+        rows[key] = {"operations": operations(lowered), "compile_s": time.perf_counter() - start, "seconds": []}
     order = list(found)
     for _ in range(rounds):
         for key in order:
@@ -99,16 +102,18 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
             "size_ratio": row["operations"] / base["operations"],
+            "compile_ratio": row["compile_s"] / base["compile_s"],
         }
     return {"model": name, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    titles = ("trace s", "ratio", "min", "max", "operations", "ratio")
+    titles = ("trace s", "ratio", "min", "max", "operations", "ratio", "compile s", "ratio")
     lines = [result["model"], f"  {'':16}" + "".join(f"{t:>12}" for t in titles)]
     for key, row in result["rows"].items():
         cells = [f"{row[k]:.2f}" for k in ("median_s", "ratio", "ratio_min", "ratio_max")]
         cells += [str(row["operations"]), f"{row['size_ratio']:.2f}"]
+        cells += [f"{row[k]:.2f}" for k in ("compile_s", "compile_ratio")]
         lines.append(f"  {key:16}" + "".join(f"{c:>12}" for c in cells))
     return "\n".join(lines)
 
