@@ -4,8 +4,8 @@
 
 Nothing is computed: parameters are shapes. A round traces every function once, in an order that rotates; a ratio
 compares two times of the same round, and the table shows the median ratio, the least and the greatest. Size is the
-number of operations in the StableHLO that tracing and lowering give, before XLA, which compiles it once. For token models the gradient is that
-of the embedding's output, which costs the same passes.
+number of operations in the StableHLO that tracing and lowering give, before XLA, which compiles it once. For token
+models the gradient is that of the embedding's output, which costs the same passes.
 """
 
 import argparse
